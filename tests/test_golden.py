@@ -1,0 +1,37 @@
+"""The method against figures of the authors' layer, run once on fixed inputs and draws (disout_reference.npz)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from disout import NO_READER_STRENGTH, block_mask, distort, seed_rate, strength
+
+FIGURES = np.load(Path(__file__).parent / "disout_reference.npz")
+CASES = sorted({name.split("/")[0] for name in FIGURES.files})
+
+
+def authors_case(name):
+    """Hands the authors' draws to our functions. Returns their tensors, and our keep, y and gradient."""
+    theirs = {key.split("/")[1]: torch.from_numpy(FIGURES[key]) for key in FIGURES.files if key.startswith(f"{name}/")}
+    block_size, p, alpha, k = theirs["config"].tolist()
+    block_size, size = int(block_size), tuple(theirs["x"].shape[2:])
+    rate, (rows, columns) = seed_rate(torch.tensor(p), size, block_size)
+    first = block_size // 2
+    seeds = theirs["uniform"][:, :, first : first + rows, first : first + columns] < rate
+    keep = block_mask(seeds, size, block_size)
+    s = strength(theirs["next_weight"], (theirs["sign_uniform"][0] >= 0.5) * 2 - 1) if k else NO_READER_STRENGTH
+    x = theirs["x"].clone().requires_grad_()
+    y = distort(x, keep, theirs["noise"], s, alpha)
+    y.backward(theirs["grad_out"])
+    return theirs, keep, y.detach(), x.grad
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mask_output_and_gradient_are_the_authors(name):
+    theirs, keep, y, grad = authors_case(name)
+    assert torch.equal(keep, theirs["keep"].bool())
+    assert 0 < keep.float().mean() < 1
+    torch.testing.assert_close(y, theirs["y"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, theirs["grad_x"], rtol=1e-5, atol=1e-5)
