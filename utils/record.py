@@ -1,0 +1,155 @@
+"""What a run writes into its folder. All of it but config.json follows from the rows, one an epoch, that the checkpoint
+holds, so it is written again when a run goes on."""
+
+import csv
+import json
+import platform
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+from utils.files import replacing
+
+COLUMNS = (
+    *("epoch", "lr", "dist_prob", "distorted", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5"),
+    *("seconds", "images_per_second"),
+)
+
+# The same tags in every run, so that TensorBoard overlays them.
+TAGS = {
+    "train_loss": "loss/train",
+    "test_loss": "loss/test",
+    "train_top1": "top1/train",
+    "test_top1": "top1/test",
+    "test_top5": "top5/test",
+    "lr": "schedule/lr",
+    "dist_prob": "schedule/dist_prob",
+    "distorted": "schedule/distorted",
+    "images_per_second": "speed/images_per_second",
+}
+
+# Settings that may differ when a run goes on.
+PLACES = ("device", "data_root", "output", "name")
+
+
+def write_config(folder: Path, settings: dict[str, object], device: torch.device, command: list[str]) -> None:
+    """config.json: every setting, flat, under its flag's name, and what else the run depends on."""
+    surroundings = {
+        "command": shlex.join(["python", *command]),
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "commit": git_commit(),
+    }
+    write_json(folder / "config.json", settings | surroundings)
+
+
+def write_json(path: Path, content: dict[str, object]) -> None:
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def changed_settings(folder: Path, settings: dict[str, object]) -> list[str]:
+    """'flag: old -> new' for each setting that differs from the run's config.json, where there is one."""
+    path = folder / "config.json"
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    return [
+        f"{flag}: {before.get(flag)} -> {value}"
+        for flag, value in settings.items()
+        if flag not in PLACES and before.get(flag) != value
+    ]
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if device.type == "cpu" and cpu_info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else f"{device.type} ({platform.machine()})"
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with '-dirty' where files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def epoch_line(row: dict[str, float], epochs: int, evaluated_on: str) -> str:
+    return (
+        f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  dist_prob {row['dist_prob']:.4f}  "
+        f"distorted {row['distorted']:.4f}  train {row['train_loss']:.4f} {row['train_top1']:.2f} %  "
+        f"{evaluated_on} {row['test_loss']:.4f} {row['test_top1']:.2f} %  {row['images_per_second']:.0f} images/s"
+    )
+
+
+def write_metrics(folder: Path, rows: list[dict[str, float]]) -> None:
+    with replacing(folder / "metrics.csv") as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({name: format(row[name], ".6g") for name in COLUMNS} for row in rows)
+
+
+def start_events(folder: Path, rows: list[dict[str, float]]) -> SummaryWriter:
+    """A TensorBoard writer, with the rows so far in place of the folder's older event files."""
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    writer = SummaryWriter(folder)
+    for row in rows:
+        write_events(writer, row)
+    return writer
+
+
+def write_events(writer: SummaryWriter, row: dict[str, float]) -> None:
+    for name, tag in TAGS.items():
+        writer.add_scalar(tag, row[name], row["epoch"])
+    writer.flush()
+
+
+def write_summary(folder: Path, facts: dict[str, object], rows: list[dict[str, float]]) -> None:
+    """summary.json: `facts` and what the rows come to. Its presence means that the run is complete."""
+    best, last = rows[best_epoch(rows) - 1], rows[-1]
+    figures = {
+        "best_top1": best["test_top1"],
+        "best_epoch": best["epoch"],
+        "last_top1": last["test_top1"],
+        "distorted": last["distorted"],
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+    }
+    write_json(folder / "summary.json", facts | figures)
+
+
+def best_epoch(rows: list[dict[str, float]]) -> int:
+    """The epoch, counted from 1, of the highest accuracy; the first of equals."""
+    return 1 + max(range(len(rows)), key=lambda index: rows[index]["test_top1"])
+
+
+def draw_curve(folder: Path, rows: list[dict[str, float]], title: str, evaluated_on: str) -> None:
+    """curve.png: accuracy and loss over epochs, training beside evaluation."""
+    epochs = [row["epoch"] for row in rows]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, kind, label in zip(
+        figure.subplots(1, 2), ("top1", "loss"), ("accuracy, %", "cross-entropy"), strict=True
+    ):
+        for part, name in (("train", "train (augmented, regularized)"), ("test", evaluated_on)):
+            axes.plot(epochs, [row[f"{part}_{kind}"] for row in rows], ".-", label=name)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    with replacing(folder / "curve.png") as partial:
+        figure.savefig(partial, format="png", dpi=120)
