@@ -16,7 +16,7 @@ Where the paper's formula went
 """
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Disout(nn.Module):
 
     def __init__(self, dist_prob: float, block_size: int = 6, alpha: float = 1.0, inside: bool = False) -> None:
         super().__init__()
-        if not isinstance(block_size, int) or block_size < 1:
+        if not isinstance(block_size, Integral) or block_size < 1:
             raise ValueError(f"block_size must be a whole number of at least 1, not {block_size!r}")
         if not isinstance(alpha, Real) or not 0 <= alpha < math.inf:
             raise ValueError(f"alpha must be a finite number of at least 0, not {alpha!r}")
@@ -135,10 +135,10 @@ def block_mask(seeds: Tensor, size: tuple[int, int], block_size: int, inside: bo
     Returns: bool (N, C, H, W), False where an element is distorted.
     """
     block_h, block_w = _cut(block_size, size)
-    # The authors shift even blocks by one, but not a block that covers the whole map.
-    shift = int(block_size % 2 == 0 and not inside and (block_h, block_w) != tuple(size))
-    rows = _reach(size[0], block_h, shift, seeds.device)
-    columns = _reach(size[1], block_w, shift, seeds.device)
+    # The authors shift an even side by one, but not in a block that covers the whole map.
+    inside = inside or (block_h, block_w) == tuple(size)
+    rows = _reach(size[0], block_h, inside, seeds.device)
+    columns = _reach(size[1], block_w, inside, seeds.device)
     hits = torch.einsum("hi,ncix->nchx", rows, seeds.float() @ columns.T)
     return hits < 0.5
 
@@ -154,14 +154,13 @@ def strength(next_weight: Tensor, signs: Tensor) -> Tensor:
     Returns: float32 (C,). In a grouped layer the maximum is over the outputs of the channel's own group.
     Source: the authors' code; equation 15 of the paper, simplified.
     """
-    channels = signs.shape[0]
-    groups = 1 if next_weight.dim() == 2 else channels // max(next_weight.shape[1], 1)
-    if next_weight.dim() < 2 or groups * next_weight.shape[1] != channels or next_weight.shape[0] % groups:
-        shape = tuple(next_weight.shape)
+    channels, shape = signs.shape[0], tuple(next_weight.shape)
+    groups = channels // shape[1] if len(shape) > 2 and shape[1] else 1
+    if len(shape) < 2 or groups * shape[1] != channels or shape[0] % groups:
         raise ValueError(f"next_weight must be (out, C/groups, k, k) or (out, C) for C = {channels}, not {shape}")
     weight = next_weight.detach().float()
-    largest = weight.view(groups, -1, *weight.shape[1:]).amax(dim=1).view(channels, -1)
-    s = (largest * signs.view(channels, -1)).mean(dim=1)
+    largest = weight.view(groups, -1, *shape[1:]).amax(dim=1).reshape(channels, -1)
+    s = (largest * signs.reshape(channels, -1)).mean(dim=1)
     return 0.1 * s if largest.shape[1] == 1 else s
 
 
@@ -186,6 +185,7 @@ def distort(x: Tensor, keep: Tensor, noise: Tensor, strength: Tensor | float, al
     std = x.detach().to(precision).std() if x.numel() > 1 else 0.0
     d = (noise * (alpha * std * strength)).to(x.dtype)
     share = keep.sum() / keep.numel()
+    keep = torch.empty_like(x, dtype=torch.bool).copy_(keep)  # in x's memory format, which y then has too
     return torch.where(keep, x, d) / torch.where(share > 0, share, 1.0)
 
 
@@ -193,7 +193,8 @@ def _cut(block_size: int, size: tuple[int, int]) -> tuple[int, int]:
     return min(block_size, size[0]), min(block_size, size[1])
 
 
-def _reach(side: int, block: int, shift: int, device: torch.device) -> Tensor:
-    """float (side, side - block + 1): 1 where the block of a seed covers a row."""
+def _reach(side: int, block: int, inside: bool, device: torch.device) -> Tensor:
+    """float (side, side - block + 1): 1 where the block of a seed covers a row of the map."""
+    shift = int(block % 2 == 0 and not inside)
     distance = torch.arange(side, device=device)[:, None] - torch.arange(side - block + 1, device=device) - shift
     return ((distance >= 0) & (distance < block)).float()

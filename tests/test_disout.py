@@ -1,0 +1,298 @@
+import ast
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import disout
+from disout import Disout, block_mask, distort, seed_rate, strength
+
+
+def mask_of(seeds, size, block_size, inside=False):
+    """'#' where an element is distorted, a string a row, for a map with seeds at these places of the valid region."""
+    valid = seed_rate(torch.tensor(0.0), size, block_size)[1]
+    region = torch.zeros(1, 1, *valid, dtype=torch.bool)
+    for row, column in seeds:
+        region[0, 0, row, column] = True
+    keep = block_mask(region, size, block_size, inside)[0, 0]
+    return ["".join(".#"[not kept] for kept in row) for row in keep.tolist()]
+
+
+def in_training(x, layer, *args):
+    torch.manual_seed(0)
+    return layer.train()(x, *args)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(16, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+# Masks
+
+
+def test_blocks_overlap():
+    assert mask_of([(0, 0), (1, 2)], (6, 6), 3) == ["###...", "#####.", "#####.", "..###.", "......", "......"]
+
+
+def test_even_block_is_one_lower_and_further_right_and_cut_at_the_edge():
+    assert mask_of([(0, 0)], (6, 6), 4) == ["......", ".####.", ".####.", ".####.", ".####.", "......"]
+    assert mask_of([(2, 2)], (6, 6), 4) == ["......", "......", "......", "...###", "...###", "...###"]
+
+
+def test_even_block_inside():
+    assert mask_of([(0, 0)], (6, 6), 4, inside=True) == ["####..", "####..", "####..", "####..", "......", "......"]
+    assert mask_of([(2, 2)], (6, 6), 4, inside=True) == ["......", "......", "..####", "..####", "..####", "..####"]
+
+
+def test_odd_block_at_the_edge():
+    assert mask_of([(2, 3)], (5, 6), 3) == ["......", "......", "...###", "...###", "...###"]
+
+
+def test_block_one_is_the_seeds():
+    assert mask_of([(0, 2), (1, 1)], (2, 3), 1) == ["..#", ".#."]
+
+
+@pytest.mark.parametrize("block_size", [4, 7])
+def test_block_that_covers_the_map_is_not_shifted(block_size):
+    assert mask_of([(0, 0)], (4, 4), block_size) == ["####"] * 4
+
+
+def test_block_is_cut_to_the_map_per_side_and_an_even_side_is_shifted():
+    assert mask_of([(0, 0)], (2, 6), 4) == ["......", ".####."]
+    assert mask_of([(0, 0)], (3, 6), 4) == [".####."] * 3
+    assert mask_of([(0, 0)], (2, 6), 4, inside=True) == ["####.."] * 2
+
+
+# Rates
+
+
+@pytest.mark.parametrize(("inside", "expected"), [(False, 0.0761), (True, 0.0857)])
+def test_rate_and_its_map_over_positions(inside, expected):
+    layer = Disout(0.09, block_size=6, alpha=0.0, inside=inside)
+    maps = 512 * 64
+    y = in_training(torch.ones(512, 64, 8, 8), layer)
+    measured = (y == 0).float().mean(dim=(0, 1))
+
+    gamma = 0.09 * 64 / 36 / 9
+    first = 0 if inside else 1
+    covering = torch.tensor([sum(0 <= row - first - seed < 6 for seed in range(3)) for row in range(8)])
+    predicted = 1 - (1 - gamma) ** (covering[:, None] * covering[None, :])
+    assert predicted.mean().item() == pytest.approx(expected, abs=5e-5)
+    assert layer.distorted.item() == pytest.approx(expected, abs=0.003)
+    assert ((measured - predicted).abs() <= 5 * (predicted * (1 - predicted) / maps).sqrt()).all()
+
+
+def test_whole_maps_are_distorted_at_the_rate_itself():
+    layer = Disout(0.3, block_size=7, alpha=0.0)
+    y = in_training(torch.ones(200, 50, 7, 7), layer).flatten(2)
+    gone = (y == 0).all(-1)
+    assert torch.equal(gone, (y == 0).any(-1))
+    assert gone.float().mean().item() == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / 10_000))
+
+
+def test_features_are_distorted_one_by_one_whatever_the_block():
+    layer = Disout(0.2, block_size=6, alpha=0.0)
+    y = in_training(torch.ones(1000, 20), layer, torch.ones(5, 20))
+    assert y.shape == (1000, 20)
+    assert (y == 0).float().mean().item() == pytest.approx(0.2, abs=5 * math.sqrt(0.16 / 20_000))
+
+
+# Strength and distortion
+
+
+def test_strength_is_the_mean_of_signed_maxima():
+    weight = torch.zeros(2, 1, 2, 2)
+    weight[:, 0, 0] = torch.tensor([[1.0, -5.0], [3.0, -4.0]])  # maxima over the outputs: 3 and -4, then 0 and 0
+    assert strength(weight, torch.tensor([[[1, -1], [1, 1]]])).item() == pytest.approx((3 + 4) / 4)
+
+
+def test_strength_of_a_linear_layer_is_that_of_a_1x1_convolution():
+    weight, signs = torch.randn(7, 5), torch.tensor([1, -1, 1, 1, -1])
+    s = strength(weight, signs)
+    torch.testing.assert_close(s, 0.1 * signs * weight.max(0).values)
+    assert torch.equal(s, strength(weight[:, :, None, None], signs[:, None, None]))
+
+
+def test_strength_of_a_grouped_convolution_stays_in_the_group():
+    conv = nn.Conv2d(4, 6, 3, groups=2)
+    signs = torch.randint(0, 2, (4, 3, 3)) * 2 - 1
+    parts = [strength(conv.weight[:3], signs[:2]), strength(conv.weight[3:], signs[2:])]
+    torch.testing.assert_close(strength(conv.weight, signs), torch.cat(parts))
+    last = conv.weight.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(strength(last, signs), torch.cat(parts))
+
+
+def test_distortion_has_the_size_of_strength_times_std():
+    """Through the layer: each channel's distorted elements are alpha * |s_c| * std(x) * normal / mean(keep)."""
+    x = 3 * torch.randn(512, 4, 8, 8) + 1
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0])[None, :, None, None]  # 1 x 1, so the sign does not change the size
+    layer = Disout(0.5, block_size=1, alpha=2.0)
+    y = in_training(x.requires_grad_(), layer, weight)
+    y.sum().backward()
+    for channel in range(4):
+        noise = y[:, channel][x.grad[:, channel] == 0]
+        expected = 2.0 * 0.1 * (channel + 1) * x.std().item() / (1 - layer.distorted.item())
+        assert noise.std().item() == pytest.approx(expected, rel=0.05)
+        assert noise.mean().item() == pytest.approx(0, abs=0.05 * expected)
+
+
+def test_signs_are_drawn_anew_at_every_forward(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(disout, "strength", lambda weight, signs: drawn.append(signs) or strength(weight, signs))
+    layer, x = Disout(0.1), torch.randn(2, 4, 8, 8)
+    for _ in range(2):
+        layer(x, torch.randn(6, 4, 3, 3))
+    assert drawn[0].shape == (4, 3, 3)
+    assert all(set(signs.unique().tolist()) == {-1, 1} for signs in drawn)
+    assert not torch.equal(*drawn)
+
+
+def test_no_reader_is_the_constant_strength(x):
+    y = in_training(x, Disout(0.5, block_size=1, alpha=5.0))
+    share = (y / x - 1 / 0.5).abs() > 0.1  # kept elements are x / mean(keep), about 2 x
+    assert y[share].std().item() == pytest.approx(5.0 * 0.01 * x.std().item() / 0.5, rel=0.1)
+
+
+def test_gradient_is_the_mask_over_its_mean_and_the_weight_takes_none(x):
+    weight = nn.Parameter(torch.randn(6, 8, 3, 3))
+    layer = Disout(0.3, block_size=3, alpha=5.0)
+    in_training(x.requires_grad_(), layer, weight).sum().backward()
+    kept = x.grad != 0
+    torch.testing.assert_close(x.grad, kept / kept.float().mean())
+    assert layer.distorted.item() == pytest.approx(1 - kept.float().mean().item(), abs=1e-6)
+    assert weight.grad is None
+
+
+def test_backward_keeps_one_byte_an_element(x):
+    saved = {}
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) and t, lambda t: t
+    )
+    with hooks:
+        in_training(x.requires_grad_(), Disout(0.1), torch.randn(6, 8, 3, 3))
+    assert 0 < sum(saved.values()) <= x.numel() + 64
+
+
+def test_alpha_zero_is_dropblock(x):
+    y = in_training(x, Disout(0.3, block_size=3, alpha=0.0), torch.randn(6, 8, 3, 3))
+    kept = y != 0
+    assert 0 < kept.float().mean() < 1
+    torch.testing.assert_close(y, x * kept / kept.float().mean())
+
+
+# When it does nothing
+
+
+def test_evaluation_is_the_identity(x):
+    layer = Disout(0.5).eval()
+    assert layer(x) is x
+    assert layer.distorted == 0
+
+
+def test_rate_zero_is_the_identity_in_training(x):
+    layer = Disout(0.0, alpha=5.0)
+    assert torch.equal(in_training(x, layer, torch.randn(6, 8, 3, 3)), x)
+    assert layer.distorted == 0
+
+
+# Edges
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7, 7), (1, 1, 1, 1), (2, 5), (1, 1), (2, 3, 4, 9)])
+def test_finite_where_everything_is_distorted(shape):
+    layer = Disout(1.0, block_size=7, alpha=5.0)
+    x = torch.randn(shape, requires_grad=True)
+    y = in_training(x, layer, torch.randn(4, shape[1]))
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+def test_empty_batch(x):
+    assert in_training(x[:0], Disout(0.5)).shape == (0, 8, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_is_kept_and_statistics_are_float32(x, dtype):
+    weight = torch.randn(6, 8, 3, 3)
+    reference, layer = Disout(0.3, 3, 5.0), Disout(0.3, 3, 5.0)
+    expected = in_training(x.to(dtype).float(), reference, weight)
+    y = in_training(x.to(dtype), layer, weight)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), expected, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-3)
+    assert torch.equal(layer.distorted, reference.distorted)
+
+
+def test_autocast(x):
+    conv, layer = nn.Conv2d(8, 8, 3), Disout(0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = conv(x)
+        y = in_training(maps, layer, conv.weight)
+    assert y.dtype == maps.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert conv.weight.grad.isfinite().all()
+
+
+def test_channels_last_gives_the_same_and_keeps_its_layout(x):
+    weight = torch.randn(6, 8, 3, 3)
+    y = in_training(x, Disout(0.3), weight)
+    last = in_training(x.to(memory_format=torch.channels_last), Disout(0.3), weight)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last, y)
+
+
+# State
+
+
+def test_state_dict_is_empty_and_dist_prob_is_one_tensor(x):
+    layer = Disout(0.1)
+    assert not layer.state_dict()
+    buffers = {name: tensor.data_ptr() for name, tensor in layer.named_buffers()}
+    layer.dist_prob = 0.25
+    in_training(x, layer)
+    assert layer.dist_prob == 0.25
+    assert layer.distorted > 0 and not layer.distorted.requires_grad
+    assert {name: tensor.data_ptr() for name, tensor in layer.named_buffers()} == buffers
+    assert copy.deepcopy(layer).dist_prob == 0.25
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Disout(1.5), ("dist_prob", "1.5")),
+        (lambda: Disout(-0.1), ("dist_prob", "-0.1")),
+        (lambda: Disout(math.nan), ("dist_prob", "nan")),
+        (lambda: Disout("0.1"), ("dist_prob", "'0.1'")),
+        (lambda: setattr(Disout(0.1), "dist_prob", 2), ("dist_prob", "2")),
+        (lambda: Disout(0.1, block_size=0), ("block_size", "0")),
+        (lambda: Disout(0.1, block_size=2.5), ("block_size", "2.5")),
+        (lambda: Disout(0.1, alpha=-1), ("alpha", "-1")),
+        (lambda: Disout(0.1, alpha=math.inf), ("alpha", "inf")),
+        (lambda: Disout(0.1)(torch.zeros(2, 3, 4)), ("x", "(2, 3, 4)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 3, 4, 4, dtype=torch.int64)), ("x", "int64")),
+        (lambda: Disout(0.1)(torch.zeros(2, 3, 8, 8), torch.zeros(6, 4, 3, 3)), ("next_weight", "(6, 4, 3, 3)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 3, 8, 8), torch.zeros(6)), ("next_weight", "(6,)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6), torch.zeros(5, 3)), ("next_weight", "(5, 3)")),
+    ],
+)
+def test_nonsense_is_a_value_error_that_names_argument_and_value(make, words):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert all(word in str(error.value) for word in words)
+
+
+def test_the_file_can_be_copied_alone():
+    tree = ast.parse(Path(disout.__file__).read_text())
+    imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imports |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imports <= {"math", "numbers", "torch"}
+
+
+def test_distort_leaves_its_arguments_alone(x):
+    before, keep = x.clone(), torch.rand_like(x) < 0.5
+    distort(x, keep, torch.randn_like(x), 0.01, 5.0)
+    assert torch.equal(x, before)
