@@ -1,0 +1,80 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models.regularizers import make_regularizer, regularizer_layers
+from models.resnet_cifar import ResNet
+
+
+class Spy(nn.Module):
+    """Takes the place of a regularizer's layer and keeps the weight that it is handed."""
+
+    def forward(self, x, next_weight=None):
+        self.reader, self.channels = next_weight, x.shape[1]
+        return x
+
+
+def disout_network(depth):
+    return ResNet(depth, 10, make_regularizer("disout", 0.09, 6, 5.0, False))
+
+
+@pytest.mark.parametrize(("depth", "classes", "count"), [(56, 10, 855_578), (56, 100, 861_428), (20, 10, 272_282)])
+def test_parameter_counts(depth, classes, count):
+    assert sum(parameter.numel() for parameter in ResNet(depth, classes).parameters()) == count
+
+
+def test_state_dict_names_are_the_authors_and_the_regularizer_adds_none():
+    names = set(disout_network(14).state_dict())
+    assert names == set(ResNet(14).state_dict())
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    expected = {"conv.weight", "fc.weight", "fc.bias", *(f"bn.{entry}" for entry in norm)}
+    for group in (1, 2, 3):
+        for block in (0, 1):
+            layer = f"layer{group}.{block}"
+            expected |= {f"{layer}.conv1.weight", f"{layer}.conv2.weight"}
+            expected |= {f"{layer}.{bn}.{entry}" for bn in ("bn1", "bn2") for entry in norm}
+    assert names == expected | {"layer2.0.downsample.weight", "layer3.0.downsample.weight"}
+
+
+def test_places_and_readers():
+    asked = []
+    model = ResNet(20, 10, lambda place, scale: asked.append((place, scale)) or Spy())
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert asked == [("inner", 1.0), ("branch", 1.0)] * 3
+    assert not any(isinstance(module, Spy) for group in (model.layer1, model.layer2) for module in group.modules())
+    first, second, third = model.layer3
+    readers = [layer.reader for block in model.layer3 for layer in (block.inner, block.branch)]
+    expected = [first.conv2.weight, second.conv1.weight, second.conv2.weight, third.conv1.weight, third.conv2.weight]
+    assert all(reader is weight for reader, weight in zip(readers, [*expected, None], strict=True))
+
+
+def test_disout_acts_in_the_whole_last_group_and_only_in_training():
+    model, x = disout_network(20), torch.randn(4, 3, 32, 32)
+    layers = regularizer_layers(model)
+    assert [layer.dist_prob for layer in layers] == pytest.approx([0.09] * 6)
+    plain = ResNet(20)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+    assert all(layer.distorted == 0 for layer in layers)
+    model.train()(x)
+    assert all(layer.distorted > 0 for layer in layers)
+
+
+def test_methods():
+    assert regularizer_layers(ResNet(8, 10, make_regularizer("none", 0, 0, 0, False))) == []
+    dropblock = make_regularizer("dropblock", 0.1, 4, 5.0, True)("branch", 0.25)
+    assert (dropblock.alpha, dropblock.block_size, dropblock.inside) == (0, 4, True)
+    assert dropblock.dist_prob == pytest.approx(0.025)
+
+
+def test_convolutions_start_with_the_authors_deviation():
+    conv = ResNet(56).layer3[4].conv1
+    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.02)
+
+
+@pytest.mark.parametrize("depth", [2, 9, 55])
+def test_depth_must_be_6n_plus_2(depth):
+    with pytest.raises(ValueError, match=str(depth)):
+        ResNet(depth)

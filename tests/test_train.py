@@ -1,0 +1,174 @@
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import metrics, read_json
+
+import train
+from utils import record
+
+SHORT = ("--train_size", "200", "--epochs", "3")  # two steps an epoch
+
+
+def stop_at(monkeypatch, function, call):
+    """The next run is stopped at this call, counted from 1, of a function that train.py names."""
+    calls = []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == call:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return original(*args)
+
+    target = f"train.{function}"
+    original = pkgutil.resolve_name(target)
+    monkeypatch.setattr(target, stop)
+
+
+def without_times(rows):
+    return [
+        {name: value for name, value in row.items() if name not in ("seconds", "images_per_second")} for row in rows
+    ]
+
+
+def same(a, b):
+    """Bit for bit, through a checkpoint's dictionaries and lists, but for the times."""
+    if isinstance(a, dict):
+        names = a.keys() - {"seconds", "images_per_second"}
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in names)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_short_training_learns(run):
+    folder = run("--epochs", "8", "--augment", "none")
+    rows, summary = metrics(folder), read_json(folder / "summary.json")
+    assert summary["best_top1"] > 80
+    assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
+
+
+def test_the_folder_explains_the_run(run):
+    folder = run(*SHORT, "--method", "disout", "--dist_prob", "0.2", "--alpha", "1")
+    names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents.")}
+    assert names == {"config.json", "metrics.csv", "summary.json", "curve.png", "checkpoint.pt", "best.pt"}
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+
+    config, summary, rows = read_json(folder / "config.json"), read_json(folder / "summary.json"), metrics(folder)
+    assert (config["dist_prob"], config["alpha"], config["block_size"], config["train_size"]) == (0.2, 1, 6, 200)
+    assert {"command", "torch", "device", "device_name", "commit"} <= set(config)
+    assert tuple(rows[0]) == record.COLUMNS
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.02, 0.004])
+    assert [row["dist_prob"] for row in rows] == pytest.approx([0.2 * step / 5 for step in (1, 3, 5)], abs=1e-6)
+    best = max(rows, key=lambda row: row["test_top1"])
+    assert summary["best_top1"] == pytest.approx(best["test_top1"], abs=1e-3)
+    assert summary["best_epoch"] == best["epoch"]
+    assert summary["last_top1"] == pytest.approx(rows[-1]["test_top1"], abs=1e-3)
+    assert (summary["method"], summary["evaluated_on"], summary["parameters"]) == ("disout", "test", 77_850)
+
+
+def test_distorted_shows_whether_the_regularizer_fires(run):
+    for method, expected in (("none", 0), ("dropblock", 0.0761), ("disout", 0.0761)):
+        folder = run("--train_size", "128", "--epochs", "2", "--method", method, name=method)
+        assert read_json(folder / "summary.json")["distorted"] == pytest.approx(expected, abs=0.015)
+    config = read_json(folder.parent / "none" / "config.json")
+    assert [config[flag] for flag in ("dist_prob", "alpha", "block_size", "inside")] == [0, 0, 0, 0]
+    assert read_json(folder.parent / "dropblock" / "config.json")["alpha"] == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "finished"),  # the last three: between two of the files that an epoch writes
+    [("evaluate", 3, 2), ("save_weights", 1, 0), ("save_checkpoint", 2, 1), ("record.write_metrics", 4, 3)],
+)
+def test_resumed_equals_uninterrupted(run, monkeypatch, capsys, function, call, finished):
+    whole = run(*SHORT, name="whole")
+    stop_at(monkeypatch, function, call)
+    with pytest.raises(KeyboardInterrupt):
+        run(*SHORT, name="stopped")
+    stopped = run(*SHORT, "--resume", name="stopped")
+    assert f"going on after epoch {finished}" in capsys.readouterr().out or finished == 0
+    assert without_times(metrics(stopped)) == without_times(metrics(whole))
+    for name in ("checkpoint.pt", "best.pt"):
+        assert same(*(torch.load(folder / name, weights_only=True) for folder in (stopped, whole)))
+    assert len(list(stopped.glob("events.out.tfevents.*"))) == 1
+
+
+def test_resume_starts_afresh_where_there_is_nothing_and_passes_over_what_is_complete(run, capsys):
+    folder = run(*SHORT, "--resume")
+    before = (folder / "checkpoint.pt").stat().st_mtime_ns
+    capsys.readouterr()
+    run(*SHORT, "--resume", "--data_root", "elsewhere")
+    assert '"best_top1"' in capsys.readouterr().out
+    assert (folder / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_an_existing_run_is_not_overwritten(run, refused):
+    folder = run(*SHORT)
+    before = (folder / "metrics.csv").read_bytes()
+    assert "--resume" in refused(*SHORT)
+    message = refused(*SHORT, "--resume", "--lr", "0.2", "--method", "dropblock")
+    assert all(word in message for word in ("lr: 0.1 -> 0.2", "method: disout -> dropblock", "alpha: 5.0 -> 0"))
+    assert (folder / "metrics.csv").read_bytes() == before
+
+
+def test_evaluate_gives_the_recorded_accuracy(run, capsys, tmp_path):
+    folder = run(*SHORT, "--holdout", "300", name="trained")
+    summary = read_json(folder / "summary.json")
+    assert summary["evaluated_on"] == "holdout"
+    for name, key in (("best.pt", "best_top1"), ("checkpoint.pt", "last_top1")):
+        capsys.readouterr()
+        run(*SHORT, "--holdout", "300", "--evaluate", str(folder / name), name="none")
+        assert f"top1 {summary[key]:.2f} %" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--dist_prob", "1.5"), ("--dist_prob", "at least 0 and at most 1", "'1.5'")),
+        (("--dist_prob", "-0.1"), ("--dist_prob", "'-0.1'")),
+        (("--dist_prob", "much"), ("--dist_prob", "number", "'much'")),
+        (("--alpha", "-1"), ("--alpha", "'-1'")),
+        (("--alpha", "inf"), ("--alpha", "'inf'")),
+        (("--block_size", "0"), ("--block_size", "'0'")),
+        (("--block_size", "2.5"), ("--block_size", "whole", "'2.5'")),
+        (("--momentum", "1"), ("--momentum", "below 1", "'1'")),
+        (("--lr", "0"), ("--lr", "above 0", "'0'")),
+        (("--lr", "nan"), ("--lr", "'nan'")),
+        (("--weight_decay", "-1"), ("--weight_decay", "'-1'")),
+        (("--epochs", "0"), ("--epochs", "'0'")),
+        (("--batch_size", "0"), ("--batch_size", "'0'")),
+        (("--warmup_epochs", "-1"), ("--warmup_epochs", "'-1'")),
+        (("--seed", "-1"), ("--seed", "'-1'")),
+        (("--train_size", "-1"), ("--train_size", "'-1'")),
+        (("--train_size", "1000", "--holdout", "438"), ("--holdout", "1437")),
+        (("--holdout", "1437"), ("--holdout", "1437")),
+        (("--depth", "55"), ("--depth", "6n + 2", "'55'")),
+        (("--method", "dropuot"), ("--method", "dropuot", "disout")),
+        (("--device", "cuda:99"), ("--device", "cuda:99")),
+        (("--device", "toaster"), ("--device", "toaster")),
+        (("--name", "a/b"), ("--name", "'a/b'")),
+        (("--epoch", "3"), ("--epoch",)),
+        (("--droprate", "3"), ("--droprate",)),
+        (("--evaluate", "nowhere.pt"), ("--evaluate", "nowhere.pt")),
+    ],
+)
+def test_wrong_flags_are_one_line_before_any_data_is_read(refused, monkeypatch, tmp_path, flags, words):
+    monkeypatch.setattr(train.data, "load", lambda *_: pytest.fail("data was read"))
+    message = refused(*flags)
+    assert all(word in message for word in words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_goes_wrong_is_one_line_and_exit_code_1(tmp_path):
+    (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
+    script = Path(train.__file__)
+    command = [sys.executable, script, "--dataset", "digits", "--depth", "8", "--evaluate", tmp_path / "broken.pt"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and "broken.pt" in result.stderr
