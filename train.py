@@ -10,6 +10,7 @@ The rows that it is compared to (93.95 and 94.18 %) are --method none and --meth
 """
 
 import argparse
+import math
 import sys
 import time
 from functools import partial
@@ -94,12 +95,12 @@ def main(argv: list[str]) -> None:
 
     # Data, on the device as a whole
     train, test = data.load(args.dataset, args.data_root)
+    mean, std = (statistic.to(args.device) for statistic in data.channel_statistics(args.dataset, train))
     evaluated_on = "holdout" if args.holdout else "test"
     if args.train_size or args.holdout:
         train, held_out = data.split(train, args.train_size, args.holdout)
         test = held_out if args.holdout else test
     train, test = train.to(args.device), test.to(args.device)
-    mean, std = data.channel_statistics(args.dataset, train)
 
     # Network
     torch.manual_seed(args.seed)
@@ -114,7 +115,7 @@ def main(argv: list[str]) -> None:
         return
 
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    steps_per_epoch = -(-len(train.labels) // args.batch_size)
+    steps_per_epoch = math.ceil(len(train.labels) / args.batch_size)
     total_steps = args.epochs * steps_per_epoch
     lr_at_step = partial(
         lr_at,
@@ -131,7 +132,7 @@ def main(argv: list[str]) -> None:
     if (folder / "checkpoint.pt").exists():
         step, rows = load_checkpoint(folder / "checkpoint.pt", model, optimizer)
         print(f"{folder}: going on after epoch {len(rows)}")
-    else:
+    if not (folder / "config.json").exists():
         record.write_config(folder, run_settings(args), args.device, ["train.py", *argv])
     record.write_metrics(folder, rows)
     events = record.start_events(folder, rows)
@@ -145,23 +146,22 @@ def main(argv: list[str]) -> None:
         images_per_second = len(train.labels) / (time.perf_counter() - start)
         scores |= evaluate(model, data.test_batches(test, mean, std))
         step += steps_per_epoch
-        rows.append(
-            scores
-            | {
-                "epoch": epoch + 1,
-                "dist_prob": dist_prob_at(step - 1, total_steps, args.dist_prob),
-                "seconds": time.perf_counter() - start,
-                "images_per_second": images_per_second,
-            }
-        )
-        print(record.epoch_line(rows[-1], args.epochs, evaluated_on), flush=True)
+        row = {
+            "epoch": epoch + 1,
+            "dist_prob": dist_prob_at(step - 1, total_steps, args.dist_prob),
+            **scores,
+            "seconds": time.perf_counter() - start,
+            "images_per_second": images_per_second,
+        }
+        rows.append(row)
+        print(record.epoch_line(row, args.epochs, evaluated_on), flush=True)
 
         # In this order a kill between two of them costs nothing: what follows the checkpoint is written from its rows.
         if record.best_epoch(rows) == epoch + 1:
             save_weights(folder / "best.pt", model)
         save_checkpoint(folder / "checkpoint.pt", model, optimizer, step, rows)
         record.write_metrics(folder, rows)
-        record.write_events(events, rows[-1])
+        record.write_events(events, row)
 
     # Summary
     events.close()

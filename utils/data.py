@@ -140,12 +140,12 @@ def in_image(position: Tensor) -> Tensor:
 
 
 def channel_statistics(dataset: str, train: Images) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, (3,), of pixels from 0 to 1: the recipe's for CIFAR."""
-    device = train.pixels.device
+    """Mean and standard deviation of each channel, (3,), of pixels from 0 to 1: the recipe's for CIFAR, those of all
+    training images for the digits."""
     if dataset == "digits":
         pixels = train.pixels.flatten(0, 2).float() / 255
         return pixels.mean(0), pixels.std(0)
-    return torch.tensor(CIFAR_MEAN, device=device), torch.tensor(CIFAR_STD, device=device)
+    return torch.tensor(CIFAR_MEAN), torch.tensor(CIFAR_STD)
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
