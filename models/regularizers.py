@@ -3,14 +3,41 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from disout import Disout
 
-# A network calls its regularizer with a place ('inner': between a block's convolutions, 'branch': before the addition)
-# and the share of the rate that acts there, and inserts what it gets back, if anything. Every layer takes
-# forward(x, next_weight=None) and has a settable `dist_prob` and a `distorted`.
+# A network calls its regularizer with a place ('inner': between a block's convolutions, 'branch': before the addition,
+# 'shortcut': on the other side of it) and the share of the rate that acts there, and inserts what it gets back, if
+# anything. Every layer takes forward(x, next_weight=None) and has a settable `dist_prob` and a `distorted`.
 Regularizer = Callable[[str, float], nn.Module | None]
+
+
+class Dropped(nn.Module):
+    """A layer of torch or torchvision that zeroes at its rate `p`, as a regularizer's layer. It draws its mask on ones,
+    (N, C, H, W) cut to `dims` dimensions, so that what it dropped can be counted."""
+
+    def __init__(self, layer: nn.Module, dims: int) -> None:
+        super().__init__()
+        self.layer, self.dims = layer, dims
+        self.register_buffer("distorted", torch.zeros(()), persistent=False)
+
+    @property
+    def dist_prob(self) -> float:
+        return self.layer.p
+
+    @dist_prob.setter
+    def dist_prob(self, rate: float) -> None:
+        self.layer.p = rate
+
+    def forward(self, x: Tensor, next_weight: Tensor | None = None) -> Tensor:
+        if not self.training:
+            return x
+        mask = self.layer(x.new_ones(*x.shape[: self.dims], *(1,) * (x.dim() - self.dims)))
+        self.distorted.copy_((mask == 0).float().mean())
+        return x * mask
 
 
 class Method(NamedTuple):
@@ -20,6 +47,12 @@ class Method(NamedTuple):
 
 METHODS = {
     "none": Method((), lambda *_: None),
+    "dropout": Method(("dist_prob",), lambda place, rate, *_: Dropped(nn.Dropout(rate), 4)),
+    "spatial_dropout": Method(("dist_prob",), lambda place, rate, *_: Dropped(nn.Dropout2d(rate), 2)),
+    "drop_path": Method(
+        ("dist_prob",),
+        lambda place, rate, *_: Dropped(StochasticDepth(rate, "row"), 1) if place == "branch" else None,
+    ),
     "dropblock": Method(
         ("dist_prob", "block_size", "inside"),
         lambda place, rate, block_size, alpha, inside: Disout(rate, block_size, 0.0, inside),

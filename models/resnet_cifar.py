@@ -45,7 +45,7 @@ class ResNet(nn.Module):
         for block, next_weight in zip(blocks, readers, strict=True):
             x = block(x, next_weight)
         x = F.relu(self.bn(x))
-        return self.fc(x.mean(dim=(2, 3)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 class Block(nn.Module):

@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from models.regularizers import make_regularizer, regularizer_layers
 from models.resnet_cifar import ResNet
+from models.resnet_imagenet import ResNet50
 
 
 class Spy(nn.Module):
@@ -78,3 +80,60 @@ def test_convolutions_start_with_the_authors_deviation():
 def test_depth_must_be_6n_plus_2(depth):
     with pytest.raises(ValueError, match=str(depth)):
         ResNet(depth)
+
+
+def test_resnet50_is_torchvisions():
+    ours, theirs = ResNet50(), torchvision.models.resnet50()
+    assert sum(parameter.numel() for parameter in ours.parameters()) == 25_557_032
+    x = torch.randn(2, 3, 64, 64)
+    for source, target in ((theirs, ours), (ours, theirs)):
+        for parameter in source.parameters():
+            nn.init.normal_(parameter, std=0.05)
+        target.load_state_dict(source.state_dict())
+        for model in (source.train(), target.train()):
+            model(x)  # moves the batch-norm statistics of both
+        assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+def test_places_and_readers_in_resnet50():
+    """Groups 3 and 4 only, the third at a quarter of the rate; the next weight crosses the border between them."""
+    asked = []
+    model = ResNet50(10, lambda place, scale: asked.append((place, scale)) or Spy())
+    model(torch.randn(2, 3, 64, 64))
+    places = ("inner", "inner", "branch", "shortcut")
+    assert asked == [(place, 0.25) for _ in range(6) for place in places] + [(p, 1.0) for _ in range(3) for p in places]
+    assert not any(isinstance(module, Spy) for group in (model.layer1, model.layer2) for module in group.modules())
+    blocks = [*model.layer3, *model.layer4]
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        outer = following.conv1.weight if following else None
+        expected = [block.conv2.weight, block.conv3.weight, outer, outer]
+        layers = [block.inner1, block.inner2, block.branch, block.shortcut]
+        assert all(layer.reader is weight for layer, weight in zip(layers, expected, strict=True))
+
+
+def test_resnet50_with_disout_has_its_rates_and_no_more_entries():
+    model = ResNet50(10, make_regularizer("disout", 0.08, 7, 1.0, False))
+    assert [layer.dist_prob for layer in regularizer_layers(model)] == pytest.approx([0.02] * 24 + [0.08] * 12)
+    assert model.state_dict().keys() == ResNet50(10).state_dict().keys()
+
+
+# What each method drops as a whole, of a map (N, C, H, W): the dimensions that its mask varies over.
+@pytest.mark.parametrize(("method", "dims"), [("dropout", 4), ("spatial_dropout", 2), ("drop_path", 1)])
+def test_dropping_methods(method, dims):
+    layer = make_regularizer(method, 0.6, 0, 0, False)("branch", 0.5)
+    torch.manual_seed(0)
+    x = torch.ones(400, 50, 2, 2)
+    y = layer(x, torch.ones(3, 50, 1, 1))
+    assert y.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    units = y.flatten(dims).flatten(0, dims - 1) if dims < 4 else y.flatten()[:, None]
+    assert ((units == 0).all(1) == (units == 0).any(1)).all()
+    assert (y == 0).float().mean().item() == pytest.approx(0.3, abs=5 * (0.21 / len(units)) ** 0.5)
+    assert layer.distorted.item() == pytest.approx((y == 0).float().mean().item())
+    layer.dist_prob = 0.0
+    assert torch.equal(layer(x), x)
+    assert layer.eval()(x) is x
+
+
+def test_drop_path_acts_on_branches_alone():
+    regularizer = make_regularizer("drop_path", 0.1, 0, 0, False)
+    assert regularizer("inner", 1.0) is regularizer("shortcut", 1.0) is None
