@@ -3,6 +3,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import train
 
@@ -32,6 +34,25 @@ def refused(run, capsys):
         return message
 
     return run_refused
+
+
+@pytest.fixture(scope="session")
+def photographs_folder(tmp_path_factory) -> Path:
+    """JPEGs of several sizes in two classes, one reddish and one bluish, a grey and a CMYK one among them: 21 to train
+    on, 11 to evaluate on."""
+    folder = tmp_path_factory.mktemp("photographs")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 21), ("val", 11)):
+        for index in range(count):
+            label, width, height = index % 2, 40 + 7 * (index % 5), 40 + 5 * (index % 3)
+            pixels = torch.randint(0, 128, (height, width, 3), dtype=torch.uint8, generator=generator)
+            pixels[:, :, 2 * label] += 127
+            image = Image.fromarray(pixels.numpy())
+            image = image.convert({4: "L", 5: "CMYK"}.get(index, "RGB"))
+            target = folder / part / ("red", "blue")[label] / f"{index:02}.jpg"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            image.save(target, quality=95)
+    return folder
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

@@ -19,14 +19,14 @@ def images():
 
 @pytest.fixture
 def batches(images):
-    def make(batch_size=128, augmented=True, seed=0, epoch=0):
+    def make(batch_size=128, augmentation="standard", seed=0, epoch=0):
         statistics = data.channel_statistics("cifar10", images)
-        return list(data.train_batches(images, *statistics, batch_size, augmented, seed, epoch))
+        return list(data.train_batches(images, *statistics, batch_size, augmentation, seed, epoch))
 
     return make
 
 
-def pil_augment(image, top_left, flip, angle):
+def pil_augment(image, top_left, flip, angle, _):
     """The authors' transforms, in their order, as torchvision applies them to one image."""
     pil = F.pad(Image.fromarray(image.numpy()), [data.PADDING])
     pil = F.crop(pil, *top_left.tolist(), 32, 32)
@@ -56,6 +56,21 @@ def test_augmentation_covers_its_ranges():
     assert -15 <= how.angle.min() < -14.9 and 14.9 < how.angle.max() <= 15
 
 
+def test_cutout_zeroes_a_square_cut_at_the_edges():
+    images = data.cutout(torch.ones(2, 3, 32, 32), torch.tensor([[16, 20], [0, 31]]))
+    expected = torch.ones(2, 3, 32, 32)
+    expected[0, :, 8:24, 12:28] = 0
+    expected[1, :, 0:8, 23:32] = 0
+    assert torch.equal(images, expected)
+
+
+def test_cutout_comes_after_the_standard_augmentation(batches):
+    plain, cut = (batches(augmentation=name)[0][0] for name in ("standard", "cutout"))
+    changed = plain != cut
+    assert (cut[changed] == 0).all()
+    assert 0.1 < changed.float().mean() < 0.25
+
+
 def test_normalising_equals_torchvision(images):
     ours = data.normalise(images.pixels, *data.channel_statistics("cifar10", images))
     theirs = torch.stack([F.to_tensor(image.numpy()) for image in images.pixels])
@@ -64,7 +79,7 @@ def test_normalising_equals_torchvision(images):
 
 
 def test_an_epoch_has_every_image_once_and_drops_none(images, batches):
-    parts = batches(augmented=False)
+    parts = batches(augmentation="none")
     assert [len(labels) for _, labels in parts] == [128, 128, 44]
     seen = torch.cat([pixels for pixels, _ in parts]).flatten(1)
     expected = data.normalise(images.pixels, *data.channel_statistics("cifar10", images)).flatten(1)

@@ -24,7 +24,8 @@ def batches():
 def train(model, batches):
     def train_model(first_step=0, batches=batches, lr_at_step=lambda step: 0.1):
         optimizer = torch.optim.SGD(model.parameters(), lr=123.0, momentum=0.9)
-        return train_epoch(model, batches, optimizer, lr_at_step, [(model[2], 0.5)], first_step, 30, seed=0)
+        sizes = [len(labels) for _, labels in batches]
+        return train_epoch(model, batches, sizes, optimizer, lr_at_step, [(model[2], 0.5)], first_step, 30, seed=0)
 
     return train_model
 
@@ -72,3 +73,43 @@ def test_evaluation_weighs_images_not_batches(model, batches):
     assert scores["test_top1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
     assert scores["test_top5"] == pytest.approx(100 * top5 / 19)
     assert not model.training
+    assert scores["test_images"] == 19
+
+
+def test_accumulated_steps_are_those_of_whole_batches(model, batches):
+    """Uneven parts count by their images; learning rate and seed are those of the optimizer step."""
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+
+    def trained(batches, sizes, accumulate_steps):
+        model.load_state_dict(weights)
+        optimizer, rates = torch.optim.SGD(model.parameters(), lr=1.0), []
+        train_epoch(model, batches, sizes, optimizer, lambda s: rates.append(s) or 0.1, [], 4, 9, 0, accumulate_steps)
+        return model[1].weight.clone(), rates
+
+    model[2].dist_prob = 0.0
+    whole, in_parts = trained([(images, labels)], [19], 1), trained(batches, [19], 3)
+    torch.testing.assert_close(in_parts[0], whole[0])
+    assert in_parts[1] == whole[1] == [4]
+
+
+def test_label_smoothing_is_in_the_gradient_and_not_in_the_reported_loss(model, batches):
+    images, labels = batches[0]
+    model[2].dist_prob = 0.0
+    plain = F.cross_entropy(model(images), labels).item()
+    F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
+    gradient = model[1].weight.grad.clone()
+    before = model[1].weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scores = train_epoch(model, batches[:1], [8], optimizer, lambda _: 1.0, [], 0, 1, 0, label_smoothing=0.1)
+    torch.testing.assert_close(before - model[1].weight, gradient)
+    assert scores["train_loss"] == pytest.approx(plain)
+
+
+def test_images_that_were_skipped_do_not_count(model, batches):
+    (images, labels), scores = batches[0], []
+    for marked in (labels, torch.cat([labels, torch.tensor([-100, -100])])):
+        padded = torch.cat([images, torch.zeros(len(marked) - 8, 12)])
+        scores.append(evaluate(model, [(padded, marked)]))
+    assert scores[0] == pytest.approx(scores[1])
+    assert scores[1]["test_images"] == 8

@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from utils.schedules import dist_prob_at, lr_at
+from utils.schedules import CIFAR_DECAY, IMAGENET_DECAY, dist_prob_at, lr_at, step_sizes
 
 STEPS = 391  # an epoch of CIFAR at batch 128
 
 
 def recipe_lr(step):
-    return lr_at(step, STEPS, epochs=200, base_lr=0.1, warmup_epochs=1)
+    return lr_at(step, STEPS, epochs=200, base_lr=0.1, warmup_epochs=1, decay=CIFAR_DECAY)
 
 
 def test_learning_rate_turns_where_the_recipe_does():
@@ -22,9 +22,22 @@ def test_learning_rate_turns_where_the_recipe_does():
 
 
 def test_short_runs_keep_the_shape():
-    rates = [lr_at(epoch, 1, epochs=10, base_lr=1.0, warmup_epochs=0) for epoch in range(10)]
+    rates = [lr_at(epoch, 1, epochs=10, base_lr=1.0, warmup_epochs=0, decay=CIFAR_DECAY) for epoch in range(10)]
     assert rates == pytest.approx([1.0] * 3 + [0.2] * 3 + [0.04] * 2 + [0.008] * 2)
-    assert lr_at(0, 1, epochs=1, base_lr=1.0, warmup_epochs=0) == 1.0
+    assert lr_at(0, 1, epochs=1, base_lr=1.0, warmup_epochs=0, decay=CIFAR_DECAY) == 1.0
+
+
+def test_imagenet_decays_where_the_authors_do_without_warm_up():
+    rates = [lr_at(epoch, 1, epochs=540, base_lr=0.4, warmup_epochs=0, decay=IMAGENET_DECAY) for epoch in range(540)]
+    expected = [0.4] * 243 + [0.04] * (400 - 243) + [0.004] * (503 - 400) + [0.0004] * (540 - 503)
+    assert rates == pytest.approx(expected)
+
+
+def test_step_sizes():
+    assert step_sizes(50_000, 128) == [128] * 390 + [80]
+    assert step_sizes(256, 128) == [128, 128]
+    assert step_sizes(257, 128, smallest=2) == [128, 129]
+    assert step_sizes(5, 128, smallest=8) == [5]
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 78_200])

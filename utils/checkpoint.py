@@ -27,7 +27,9 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
-    """Puts the checkpoint into `model` and `optimizer`; returns its step and rows."""
+    """Puts the checkpoint into `model` and `optimizer`; returns its step and rows, 0 and none if there is no file."""
+    if not path.exists():
+        return 0, []
     state = read(path)
     try:
         model.load_state_dict(state["model"])

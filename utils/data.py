@@ -21,7 +21,10 @@ from utils.seeds import seed_for
 SIZE = 32
 PADDING = 4
 MAX_ANGLE = 15.0
+CUTOUT = 16  # side of the square; our choice, as the paper gives none
 TEST_BATCH = 500
+
+AUGMENTS = ("none", "standard", "cutout")
 
 # --dataset -> (classes, training images)
 DATASETS = {"cifar10": (10, 50_000), "cifar100": (100, 50_000), "digits": (10, 1_437)}
@@ -43,11 +46,12 @@ class Images(NamedTuple):
 
 
 class Augmentation(NamedTuple):
-    """What happens to each of N images: crop, then flip, then rotation."""
+    """What happens to each of N images: crop, flip and rotation, in this order; cutout after normalising."""
 
     shift: Tensor  # int64 (N, 2), row and column of the crop's corner in the padded image, 0 to 2 * PADDING
     flip: Tensor  # bool (N,)
     angle: Tensor  # float32 (N,), degrees, counter-clockwise
+    centre: Tensor  # int64 (N, 2), row and column of the cut-out square's centre
 
     def take(self, index: Tensor | slice) -> "Augmentation":
         return Augmentation(*(field[index] for field in self))
@@ -112,7 +116,8 @@ def draw_epoch(size: int, seed: int, epoch: int) -> tuple[Tensor, Augmentation]:
     shift = torch.randint(0, 2 * PADDING + 1, (size, 2), generator=generator)
     flip = torch.rand(size, generator=generator) < 0.5
     angle = (torch.rand(size, generator=generator) * 2 - 1) * MAX_ANGLE
-    return order, Augmentation(shift, flip, angle)
+    centre = torch.randint(0, SIZE, (size, 2), generator=generator)
+    return order, Augmentation(shift, flip, angle, centre)
 
 
 def augment(pixels: Tensor, how: Augmentation) -> Tensor:
@@ -135,6 +140,13 @@ def augment(pixels: Tensor, how: Augmentation) -> Tensor:
     return pixels.flatten(1, 2).gather(1, index).view_as(pixels) * within[..., None]
 
 
+def cutout(images: Tensor, centre: Tensor) -> Tensor:
+    """Zeroes a 16 x 16 square, cut at the edges, of normalised images (N, 3, 32, 32) (arXiv 1708.04552)."""
+    offset = torch.arange(SIZE, device=images.device) - centre[:, :, None]  # (N, 2, 32), from the square's centre
+    covered = (offset >= -CUTOUT // 2) & (offset < CUTOUT // 2)
+    return images.masked_fill((covered[:, 0, :, None] & covered[:, 1, None, :])[:, None], 0)
+
+
 def in_image(position: Tensor) -> Tensor:
     return (position >= 0) & (position < SIZE)
 
@@ -154,16 +166,24 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def train_batches(
-    images: Images, mean: Tensor, std: Tensor, batch_size: int, augmented: bool, seed: int, epoch: int
+    train: Images, mean: Tensor, std: Tensor, batch_size: int, augmentation: str, seed: int, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of shuffled batches (float32 (B, 3, 32, 32), int64 (B,)). The last may be smaller."""
-    device = images.pixels.device
-    order, how = draw_epoch(len(images.labels), seed, epoch)
+    """One epoch of shuffled batches (float32 (B, 3, 32, 32), int64 (B,)). The last may be smaller.
+
+    `augmentation` is one of AUGMENTS.
+    """
+    device = train.pixels.device
+    order, how = draw_epoch(len(train.labels), seed, epoch)
     order, how = order.to(device), Augmentation(*(field.to(device) for field in how))
     for start in range(0, len(order), batch_size):
         part = slice(start, start + batch_size)
-        pixels, labels = images.take(order[part])
-        yield normalise(augment(pixels, how.take(part)) if augmented else pixels, mean, std), labels
+        pixels, labels = train.take(order[part])
+        if augmentation != "none":
+            pixels = augment(pixels, how.take(part))
+        images = normalise(pixels, mean, std)
+        if augmentation == "cutout":
+            images = cutout(images, how.centre[part])
+        yield images, labels
 
 
 def test_batches(images: Images, mean: Tensor, std: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,11 +1,13 @@
 """One epoch of training, one evaluation. Knows neither the data set, nor the network, nor the method."""
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.processes import processes, summed
 from utils.schedules import dist_prob_at
 from utils.seeds import seed_for
 
@@ -15,27 +17,34 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 def train_epoch(
     model: nn.Module,
     batches: Batches,
+    step_sizes: list[int],
     optimizer: torch.optim.Optimizer,
     lr_at_step: Callable[[int], float],
     layers: list[tuple[nn.Module, float]],
     first_step: int,
     total_steps: int,
     seed: int,
-    rank: int = 0,
+    accumulate_steps: int = 1,
+    label_smoothing: float = 0.0,
 ) -> dict[str, float]:
-    """One pass over `batches`, an optimizer step each.
+    """One pass over `batches`, an optimizer step each, or one in `accumulate_steps` of them.
 
     Args:
+        batches: this process's images (B, 3, H, W) and labels (B,); a label of -100 does not count.
+        step_sizes: the images of each step, of all batches and processes together.
         lr_at_step: learning rate of a step.
         layers: the regularizer's layers, each with the rate that it grows to.
         first_step: steps before this epoch, out of `total_steps` in the whole run.
-        seed, rank: with the step, they seed the layers' draws, so that any step can be replayed.
+        seed: with the step and the process's rank, it seeds the layers' draws, so that any step can be replayed.
 
-    Returns: train_loss, train_top1 (%), lr and distorted (mean over layers, 0 without any) of the last step.
+    Returns: train_loss (cross-entropy without label smoothing), train_top1 (%), train_images (that counted), lr and
+    distorted (mean over layers, 0 without any) of the last step.
     """
     model.train()
-    totals = None  # loss, top1 and images, summed on the device: no wait for it before the epoch's end
-    for step, (images, labels) in enumerate(batches, first_step):
+    rank, world = processes()
+    batches = iter(batches)
+    totals = 0.0  # loss, top1 and images, summed on the device: no wait for it before the epoch's end
+    for step, size in enumerate(step_sizes, first_step):
         lr = lr_at_step(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -43,26 +52,39 @@ def train_epoch(
             layer.dist_prob = dist_prob_at(step, total_steps, final)
         torch.manual_seed(seed_for("step", seed, step, rank))
 
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
-        loss.backward()
+        for images, labels in islice(batches, accumulate_steps):
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+            (loss * (world / size)).backward()  # processes average their gradients
+            totals = totals + batch_sums(logits.detach(), labels, ks=(1,))
         optimizer.step()
 
-        sums = batch_sums(logits.detach(), labels, ks=(1,))
-        totals = sums if totals is None else totals + sums
-    loss_sum, top1, count = totals.tolist()
+    loss_sum, top1, count = summed(totals).tolist()
     distorted = float(torch.stack([layer.distorted for layer, _ in layers]).mean()) if layers else 0.0
-    return {"train_loss": loss_sum / count, "train_top1": 100 * top1 / count, "lr": lr, "distorted": distorted}
+    return {
+        "train_loss": loss_sum / count,
+        "train_top1": 100 * top1 / count,
+        "train_images": int(count),
+        "lr": lr,
+        "distorted": distorted,
+    }
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches) -> dict[str, float]:
-    """test_loss, test_top1 and test_top5 (%) over all images of `batches`."""
+    """test_loss, test_top1 and test_top5 (%), over all processes' `batches`, and test_images, how many that were."""
     model.eval()
-    totals = sum(batch_sums(model(images), labels, ks=(1, 5)) for images, labels in batches)
-    loss_sum, top1, top5, count = totals.tolist()
-    return {"test_loss": loss_sum / count, "test_top1": 100 * top1 / count, "test_top5": 100 * top5 / count}
+    totals = torch.zeros(4, device=next(model.parameters()).device)
+    for images, labels in batches:
+        totals += batch_sums(model(images), labels, ks=(1, 5))
+    loss_sum, top1, top5, count = summed(totals).tolist()
+    return {
+        "test_loss": loss_sum / count,
+        "test_top1": 100 * top1 / count,
+        "test_top5": 100 * top5 / count,
+        "test_images": int(count),
+    }
 
 
 def batch_sums(logits: Tensor, labels: Tensor, ks: tuple[int, ...]) -> Tensor:
@@ -70,5 +92,5 @@ def batch_sums(logits: Tensor, labels: Tensor, ks: tuple[int, ...]) -> Tensor:
     the number of images, float32."""
     logits = logits.float()
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    largest = logits.topk(max(ks)).indices == labels[:, None]
-    return torch.stack([loss, *(largest[:, :k].sum() for k in ks), loss.new_tensor(len(labels))])
+    largest = logits.topk(min(max(ks), logits.shape[1])).indices == labels[:, None]
+    return torch.stack([loss, *(largest[:, :k].sum() for k in ks), (labels >= 0).sum()])

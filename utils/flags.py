@@ -1,11 +1,19 @@
-"""argparse with what both training scripts want: one line on stderr for what the user typed wrong, exit code 2."""
+"""The flags that both training scripts have, and argparse as they want it: one line on stderr for what the user typed
+wrong, exit code 2."""
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
+
+from models.regularizers import METHODS
+from utils import record
+from utils.checkpoint import CheckpointError
+from utils.photographs import ImageError
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,3 +75,62 @@ def usable_device(text: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason})") from None
+
+
+def add_shared_flags(parser: Parser) -> None:
+    """What means the same in both scripts; each sets its own defaults."""
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="disout")
+    add(
+        "--dist_prob",
+        type=number(float, 0, 1),
+        help="share of a map to distort (the method's rate), at the end of training",
+    )
+    add("--alpha", type=number(float, 0), help="intensity of the distortion")
+    add("--block_size", type=number(int, 1), help="side of a block; 1: element-wise")
+    add("--inside", action="store_true", help="keep even blocks wholly inside the map (see disout.py)")
+    add("--label_smoothing", type=number(float, 0, below=1), default=0.0)
+    add("--epochs", type=number(int, 1))
+    add("--batch_size", type=number(int, 1))
+    add("--lr", type=number(float, above=0))
+    add("--momentum", type=number(float, 0, below=1), default=0.9)
+    add("--weight_decay", type=number(float, 0))
+    add("--warmup_epochs", type=number(int, 0))
+    add("--seed", type=number(int, 0), default=0)
+    add("--device", type=usable_device, help="default: cuda where there is one, else cpu")
+    add("--output", default="results", help="parent of the run's folder")
+    add("--name", type=folder_name, help="the run's folder; default: DATASET-resnetDEPTH-METHOD-sSEED")
+    add("--resume", action="store_true", help="go on after the last finished epoch; start where there is none")
+    add("--evaluate", metavar="FILE", help="only evaluate a checkpoint or a state dict such as best.pt")
+
+
+def settle(parser: Parser, args: argparse.Namespace) -> dict[str, object]:
+    """Fills in the defaults that depend on other flags (`dataset` and `depth` are there already), and refuses a run
+    folder that the flags do not fit. Returns the run's settings: every flag that says what the run is, and where."""
+    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.name = args.name or f"{args.dataset}-resnet{args.depth}-{args.method}-s{args.seed}"
+    for flag in {"dist_prob", "block_size", "alpha", "inside"} - set(METHODS[args.method].settings):
+        setattr(args, flag, 0)
+    settings = {flag: value for flag, value in vars(args).items() if flag not in ("resume", "evaluate")}
+    settings["device"] = str(args.device)
+
+    folder = Path(args.output, args.name)
+    if args.evaluate:
+        if not Path(args.evaluate).is_file():
+            parser.error(f"argument --evaluate: there is no file {args.evaluate}")
+    elif not args.resume and folder.is_dir() and any(folder.iterdir()):
+        parser.error(f"{folder} holds a run already: add --resume to go on with it, or give another --name")
+    elif changed := record.changed_settings(folder, settings):
+        parser.error(f"{folder} was started with other settings ({', '.join(changed)}): give another --name")
+    return settings
+
+
+def run_script(script: str, main: Callable[[list[str]], None]) -> None:
+    """Calls main(arguments). What goes wrong is one line on stderr and exit code 1."""
+    try:
+        main(sys.argv[1:])
+    except (OSError, CheckpointError, ImageError) as error:
+        sys.exit(f"{script}: {str(error).splitlines()[-1]}")  # the last line is the message, also out of a worker
+    except KeyboardInterrupt:
+        print(f"{script}: stopped; --resume goes on after the last finished epoch", file=sys.stderr)
+        sys.exit(130)

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 import torchvision
 from matplotlib.figure import Figure
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from utils.checkpoint import save_checkpoint, save_weights
 from utils.files import replacing
 
 COLUMNS = (
@@ -35,12 +37,77 @@ TAGS = {
 }
 
 # Settings that may differ when a run goes on.
-PLACES = ("device", "data_root", "output", "name")
+PLACES = ("device", "data_root", "data", "workers", "output", "name")
 
 
-def write_config(folder: Path, settings: dict[str, object], device: torch.device, command: list[str]) -> None:
-    """config.json: every setting, flat, under its flag's name, and what else the run depends on."""
-    surroundings = {
+class Recorder:
+    """Writes a run's folder: config.json at the start, the rest after every epoch, a summary when it is complete.
+
+    Args:
+        folder: the run's folder, which is made.
+        settings: of the run, flat, under the flags' names.
+        command: the script and its arguments.
+        device: that it trains on.
+        evaluated_on: 'test' or 'holdout'.
+        rows: of the epochs finished before, from the checkpoint.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, object],
+        command: list[str],
+        device: torch.device,
+        evaluated_on: str,
+        rows: list[dict[str, float]],
+    ) -> None:
+        self.folder, self.settings, self.device, self.evaluated_on = folder, settings, device, evaluated_on
+        folder.mkdir(parents=True, exist_ok=True)
+        if rows:
+            print(f"{folder}: going on after epoch {len(rows)}")
+        if not (folder / "config.json").exists():
+            write_json(folder / "config.json", settings | surroundings(command, device))
+        write_metrics(folder, rows)
+        self.events = start_events(folder, rows)
+
+    def add_epoch(
+        self, rows: list[dict[str, float]], model: nn.Module, optimizer: torch.optim.Optimizer, step: int
+    ) -> None:
+        """Prints and writes the last of `rows`. In this order a kill between two files costs nothing: what follows the
+        checkpoint is written again from its rows."""
+        print(epoch_line(rows[-1], self.settings["epochs"], self.evaluated_on), flush=True)
+        if best_epoch(rows) == len(rows):
+            save_weights(self.folder / "best.pt", model)
+        save_checkpoint(self.folder / "checkpoint.pt", model, optimizer, step, rows)
+        write_metrics(self.folder, rows)
+        write_events(self.events, rows[-1])
+
+    def finish(self, rows: list[dict[str, float]], model: nn.Module) -> None:
+        """curve.png and summary.json, whose presence means that the run is complete."""
+        self.events.close()
+        draw_curve(self.folder, rows, self.folder.name, self.evaluated_on)
+        best = rows[best_epoch(rows) - 1]
+        summary = {name: self.settings[name] for name in ("method", "dataset", "depth", "seed", "epochs")} | {
+            "evaluated_on": self.evaluated_on,
+            "train_images": rows[-1]["train_images"],
+            "test_images": rows[-1]["test_images"],
+            "best_top1": best["test_top1"],
+            "best_top5": best["test_top5"],
+            "best_epoch": best["epoch"],
+            "last_top1": rows[-1]["test_top1"],
+            "last_top5": rows[-1]["test_top5"],
+            "distorted": rows[-1]["distorted"],
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "device": device_name(self.device),
+            "seconds": round(sum(row["seconds"] for row in rows), 1),
+        }
+        write_json(self.folder / "summary.json", summary)
+        print(f"{self.folder}:\n{json.dumps(summary, indent=1)}")
+
+
+def surroundings(command: list[str], device: torch.device) -> dict[str, object]:
+    """What a run depends on beside its settings."""
+    return {
         "command": shlex.join(["python", *command]),
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
@@ -50,7 +117,6 @@ def write_config(folder: Path, settings: dict[str, object], device: torch.device
         "numpy": np.__version__,
         "commit": git_commit(),
     }
-    write_json(folder / "config.json", settings | surroundings)
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
@@ -118,19 +184,6 @@ def write_events(writer: SummaryWriter, row: dict[str, float]) -> None:
     for name, tag in TAGS.items():
         writer.add_scalar(tag, row[name], row["epoch"])
     writer.flush()
-
-
-def write_summary(folder: Path, facts: dict[str, object], rows: list[dict[str, float]]) -> None:
-    """summary.json: `facts` and what the rows come to. Its presence means that the run is complete."""
-    best, last = rows[best_epoch(rows) - 1], rows[-1]
-    figures = {
-        "best_top1": best["test_top1"],
-        "best_epoch": best["epoch"],
-        "last_top1": last["test_top1"],
-        "distorted": last["distorted"],
-        "seconds": round(sum(row["seconds"] for row in rows), 1),
-    }
-    write_json(folder / "summary.json", facts | figures)
 
 
 def best_epoch(rows: list[dict[str, float]]) -> int:

@@ -1,0 +1,42 @@
+"""One process, or the several that torchrun starts."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def join(device: torch.device) -> torch.device:
+    """Joins the processes that torchrun started, if it did (nccl on CUDA, else gloo); returns this process's device."""
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def summed(totals: Tensor) -> Tensor:
+    """The sum of every process's `totals`."""
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    return totals
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Gives every process the first one's buffers (batch-norm statistics), so that all evaluate the same network."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
