@@ -1,0 +1,114 @@
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from utils import photographs
+from utils.photographs import EpochSampler, ImageError
+
+
+@pytest.fixture
+def load(photographs_folder):
+    def load_both(augmentation="standard", size=32, seed=0, skip_corrupt=False, folder=photographs_folder):
+        return photographs.load(folder, augmentation, size, seed, skip_corrupt)
+
+    return load_both
+
+
+@pytest.fixture
+def broken_folder(photographs_folder, tmp_path):
+    """The same photographs, one of them cut short."""
+    folder = shutil.copytree(photographs_folder, tmp_path / "broken")
+    content = (folder / "train/red/06.jpg").read_bytes()
+    (folder / "train/red/06.jpg").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+def epoch_of(photographs_set, sizes, workers=0, epoch=0, accumulate_steps=1, rank=0, world=1):
+    sampler = EpochSampler(sizes, accumulate_steps, 0, rank, world)
+    sampler.epoch = epoch
+    return list(photographs.make_loader(photographs_set, sampler, workers, torch.device("cpu")))
+
+
+def test_every_mode_becomes_three_channels(load, photographs_folder):
+    modes = {Image.open(path).mode for path in photographs_folder.rglob("*.jpg")}
+    assert modes == {"RGB", "L", "CMYK"}
+    train, test = load()
+    for images in (train, test):
+        for index in range(len(images)):
+            image, label = images[0, index]
+            assert (image.shape, image.dtype, label in (0, 1)) == ((3, 32, 32), torch.uint8, True)
+
+
+@pytest.mark.parametrize("augmentation", photographs.AUGMENTS)
+def test_a_sample_is_a_function_of_seed_epoch_and_index(load, augmentation):
+    train, _ = load(augmentation)
+    first = train[3, 5][0]
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    assert torch.equal(train[3, 5][0], first)
+    assert torch.equal(torch.get_rng_state(), before)
+    others = [train[4, 5][0], load(augmentation, seed=1)[0][3, 5][0]]
+    assert all(torch.equal(other, first) == (augmentation == "none") for other in others)
+
+
+def test_batches_are_the_same_whatever_the_number_of_workers(load):
+    train, _ = load()
+    for one, two in zip(epoch_of(train, [8, 8, 5]), epoch_of(train, [8, 8, 5], workers=2), strict=True):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
+def test_processes_share_out_the_same_steps():
+    whole = list(EpochSampler([8, 8, 5], 1, 0, rank=0, world=1))
+    assert sorted(index for step in whole for _, index in step) == list(range(21))
+    shares = [list(EpochSampler([8, 8, 5], 2, 0, rank, world=2)) for rank in range(2)]
+    assert all(len(share) == 6 and all(share) for share in shares)
+    for step, keys in enumerate(whole):
+        parts = [key for share in shares for part in share[2 * step : 2 * step + 2] for key in part]
+        assert sorted(parts) == sorted(keys)
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    sampler = EpochSampler([21], 1, seed=0, rank=0, world=1)
+    first = list(sampler)
+    assert list(sampler) == first
+    sampler.epoch = 1
+    assert [index for _, index in next(iter(sampler))] != [index for _, index in first[0]]
+
+
+def test_evaluation_has_every_image_in_one_process():
+    shares = [photographs.test_keys(11, 2, rank, 3) for rank in range(3)]
+    keys = [key for share in shares for batch in share for key in batch]
+    assert sorted(keys) == [(0, index) for index in range(11)]
+    assert max(len(batch) for share in shares for batch in share) == 2
+
+
+def test_cutout_greys_a_square_of_half_the_side(load):
+    image = photographs.Cutout()(torch.full((3, 32, 32), 255, dtype=torch.uint8))
+    grey = (image == torch.tensor(photographs.GREY)[:, None, None]).all(0)
+    assert 8 * 8 <= grey.sum() <= 16 * 16
+    assert ((image == 255).all(0) | grey).all()
+
+
+def test_normalised_grey_is_zero(load):
+    batch = torch.tensor(photographs.GREY, dtype=torch.uint8)[None, :, None, None].expand(2, 3, 4, 4), torch.zeros(2)
+    images, _ = next(photographs.on_device([batch], torch.device("cpu")))
+    assert images.abs().max() < 0.01
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_broken_image_is_named_or_skipped_and_counted(load, broken_folder):
+    train, _ = load(folder=broken_folder)
+    for workers in (0, 1):
+        with pytest.raises(ImageError, match=r"red/06\.jpg.*--skip_corrupt"):
+            epoch_of(train, [21], workers=workers)
+    [(images, labels)] = epoch_of(load(folder=broken_folder, skip_corrupt=True)[0], [21])
+    assert (labels == photographs.SKIPPED).sum() == 1
+    assert (images[labels == photographs.SKIPPED][0] == torch.tensor(photographs.GREY)[:, None, None]).all()
+
+
+def test_classes_of_both_parts_must_agree(load, broken_folder):
+    (broken_folder / "val/red").rename(broken_folder / "val/green")
+    with pytest.raises(FileNotFoundError, match="same folders"):
+        load(folder=broken_folder)

@@ -1,0 +1,141 @@
+"""ImageNet, or any other folder of one subfolder a class, through workers that decode and augment.
+
+A sample's augmentation is a function of (seed, epoch, index) alone, which the sampler hands to the data set: it is the
+same whatever the number of workers and processes.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from utils.seeds import seed_for
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+GREY = tuple(round(255 * mean) for mean in MEAN)  # what normalising turns into 0
+SKIPPED = -100  # label of an image that could not be read: no loss and no accuracy counts it
+
+AUGMENTS = ("none", "standard", "cutout", "autoaugment")
+
+
+class ImageError(Exception):
+    """An image that cannot be read."""
+
+
+class Photographs(Dataset):
+    """Under the key (epoch, index): uint8 (3, size, size) and the label.
+
+    Raises:
+        ImageError: naming the file that cannot be read. With `skip_corrupt` it is grey instead, its label SKIPPED.
+    """
+
+    def __init__(self, folder: Path, transform: v2.Transform, seed: int, skip_corrupt: bool) -> None:
+        found = ImageFolder(folder)
+        self.samples, self.classes = found.samples, found.classes
+        self.transform, self.seed, self.skip_corrupt = transform, seed, skip_corrupt
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")  # grey, palette and CMYK images too
+        except (OSError, SyntaxError, ValueError) as error:
+            if not self.skip_corrupt:
+                raise ImageError(f"{path} cannot be read ({error}); --skip_corrupt goes on without it") from None
+            image, label = Image.new("RGB", (224, 224), GREY), SKIPPED
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_for("photograph", self.seed, epoch, index))
+            return self.transform(image), label
+
+
+class Cutout(torch.nn.Module):
+    """Greys a square of uint8 (3, S, S), half as wide as the image, around a random centre, cut at the edges.
+
+    Source: arXiv 1708.04552; the size is our choice (112 of 224).
+    """
+
+    def forward(self, image: Tensor) -> Tensor:
+        size = image.shape[-1]
+        row, column = torch.randint(0, size, (2,)).tolist()
+        rows, columns = (slice(max(centre - size // 4, 0), centre + size // 4) for centre in (row, column))
+        image[:, rows, columns] = torch.tensor(GREY, dtype=torch.uint8)[:, None, None]
+        return image
+
+
+def load(
+    data: str | Path, augmentation: str, size: int, seed: int, skip_corrupt: bool
+) -> tuple[Photographs, Photographs]:
+    """Training and test images of the folder `data`: train/CLASS/* and val/CLASS/*.
+
+    Raises:
+        FileNotFoundError: a class folder without images, or the classes of train/ and val/ differ.
+    """
+    train = Photographs(Path(data, "train"), train_transform(augmentation, size), seed, skip_corrupt)
+    test = Photographs(Path(data, "val"), test_transform(size), seed, skip_corrupt)
+    if train.classes != test.classes:
+        raise FileNotFoundError(f"{data}: train/ and val/ must have the same folders of classes")
+    return train, test
+
+
+def train_transform(augment: str, size: int) -> v2.Transform:
+    """Random-resized crop and flip (authors' code), and what `augment` adds to them; 'none' is the test transform."""
+    if augment == "none":
+        return test_transform(size)
+    policy = [v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)] if augment == "autoaugment" else []
+    cutout = [Cutout()] if augment == "cutout" else []
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *policy, v2.PILToTensor(), *cutout])
+
+
+def test_transform(size: int) -> v2.Transform:
+    """Resize to 256/224 of `size`, centre crop (authors' code)."""
+    return v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+class EpochSampler:
+    """The keys of this process's batches in an epoch, which must be set before: each step's images, in an order that is
+    a function of (seed, epoch), go round the processes, and each process's in `accumulate_steps` batches."""
+
+    def __init__(self, step_sizes: list[int], accumulate_steps: int, seed: int, rank: int, world: int) -> None:
+        self.step_sizes, self.accumulate_steps, self.seed = step_sizes, accumulate_steps, seed
+        self.rank, self.world = rank, world
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(seed_for("epoch", self.seed, self.epoch))
+        order = torch.randperm(sum(self.step_sizes), generator=generator)
+        for images in order.split(self.step_sizes):
+            for part in images[self.rank :: self.world].tensor_split(self.accumulate_steps):
+                yield [(self.epoch, index) for index in part.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.step_sizes) * self.accumulate_steps
+
+
+def test_keys(size: int, batch_size: int, rank: int, world: int) -> list[list[tuple[int, int]]]:
+    """Every image in exactly one process's batches, none twice."""
+    keys = [(0, index) for index in range(rank, size, world)]
+    return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+
+
+def make_loader(photographs: Photographs, keys: EpochSampler | list, workers: int, device: torch.device) -> DataLoader:
+    more = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
+    pin = device.type == "cuda"
+    return DataLoader(photographs, batch_sampler=keys, num_workers=workers, pin_memory=pin, **more)
+
+
+def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches, normalised there: float32 (B, 3, H, W) in channels_last memory format, int64 (B,)."""
+    mean, std = (255 * torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+    for images, labels in loader:
+        images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        yield (images.float() - mean) / std, labels.to(device, non_blocking=True)
