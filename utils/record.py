@@ -198,7 +198,7 @@ def draw_curve(folder: Path, rows: list[dict[str, float]], title: str, evaluated
     for axes, kind, label in zip(
         figure.subplots(1, 2), ("top1", "loss"), ("accuracy, %", "cross-entropy"), strict=True
     ):
-        for part, name in (("train", "train (augmented, regularized)"), ("test", evaluated_on)):
+        for part, name in (("train", "train"), ("test", evaluated_on)):
             axes.plot(epochs, [row[f"{part}_{kind}"] for row in rows], ".-", label=name)
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
