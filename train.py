@@ -10,6 +10,7 @@ The rows that it is compared to (93.95 and 94.18 %) are --method none and --meth
 """
 
 import argparse
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from models.resnet_cifar import ResNet
 from utils import data
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.engine import evaluate, train_epoch
-from utils.flags import Parser, add_shared_flags, number, resnet_depth, run_script, settle
+from utils.flags import Parser, add_shared_flags, check_folder, number, resnet_depth, run_script, run_settings
 from utils.record import Recorder
 from utils.schedules import CIFAR_DECAY, dist_prob_at, lr_at, step_sizes
 
@@ -40,7 +41,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
         "--holdout",
         type=number(int, 0),
         default=0,
-        help="evaluate on so many further training images, not the test set",
+        help="evaluate on the N training images that follow, not the test set",
     )
     add_shared_flags(parser)
     parser.set_defaults(dist_prob=0.09, alpha=5.0, block_size=6)
@@ -50,12 +51,12 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     images = data.DATASETS[args.dataset][1]
     if args.train_size + args.holdout > images or args.holdout == images:
         parser.error(f"--train_size and --holdout: {args.dataset} has {images} training images for both together")
-    return args, settle(parser, args)
+    return args, run_settings(args)
 
 
 def main(argv: list[str]) -> None:
     args, settings = parse_arguments(argv)
-    folder = Path(args.output, args.name)
+    folder = check_folder(args, settings)
     if args.resume and not args.evaluate and (folder / "summary.json").exists():
         print(f"{folder} is complete:\n{(folder / 'summary.json').read_text()}", end="")
         return
@@ -129,4 +130,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script("train.py", main)
+    run_script("train.py", main, sys.argv[1:])

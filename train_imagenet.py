@@ -10,6 +10,7 @@ batch does not fit its memory, --accumulate_steps takes it in parts. What it is 
 """
 
 import argparse
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from models.resnet_imagenet import ResNet50
 from utils import photographs
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.engine import evaluate, train_epoch
-from utils.flags import Parser, add_shared_flags, number, run_script, settle
+from utils.flags import Parser, add_shared_flags, check_folder, number, run_script, run_settings
 from utils.processes import join, leave, processes, share_buffers
 from utils.record import Recorder
 from utils.schedules import IMAGENET_DECAY, dist_prob_at, lr_at, step_sizes
@@ -45,18 +46,15 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     parser.set_defaults(dist_prob=0.07, alpha=1.0, block_size=7)
     parser.set_defaults(epochs=540, batch_size=1024, lr=0.4, weight_decay=1e-4, warmup_epochs=0)
     args = parser.parse_args(argv)
-    for part in ("train", "val"):
-        if not Path(args.data, part).is_dir():
-            parser.error(f"argument --data: there is no folder {Path(args.data, part)} (one folder a class in it)")
     args.dataset, args.depth = Path(args.data).resolve().name, 50
-    return args, settle(parser, args)
+    return args, run_settings(args)
 
 
 def main(argv: list[str]) -> None:
     args, settings = parse_arguments(argv)
+    folder = check_folder(args, settings)
     device = join(args.device)
     rank, world = processes()
-    folder = Path(args.output, args.name)
     if args.resume and not args.evaluate and (folder / "summary.json").exists():
         if rank == 0:
             print(f"{folder} is complete:\n{(folder / 'summary.json').read_text()}", end="")
@@ -144,4 +142,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script("train_imagenet.py", main)
+    run_script("train_imagenet.py", main, sys.argv[1:])

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import train
+from utils.flags import run_script
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def refused(run, capsys):
     def run_refused(*flags: str, **kwargs: str) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            run(*flags, **kwargs)
+            run_script("train.py", lambda argv: run(*argv, **kwargs), list(flags))
         message = capsys.readouterr().err
         assert stop.value.code == 2
         assert message.count("\n") == 1

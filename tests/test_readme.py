@@ -7,7 +7,7 @@ import train
 
 README = (Path(train.__file__).parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line.split("#")[0].split() for line in re.findall(r"python train\.py[^\n`|]*", README)]
+COMMANDS = [line.split("#")[0].split() for line in re.findall(r"python train\.py (?!--help)[^\n`|]*", README)]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -16,12 +16,8 @@ def test_examples_run(example):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_commands_have_flags_that_exist(command, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    flags = command[2:]
-    if "--evaluate" in flags:
-        Path(flags[flags.index("--evaluate") + 1]).touch()
-    train.parse_arguments(flags)
+def test_commands_have_flags_that_exist(command):
+    train.parse_arguments(command[2:])
 
 
 def test_paths_exist():

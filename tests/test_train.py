@@ -14,7 +14,7 @@ SHORT = ("--train_size", "200", "--epochs", "3")  # two steps an epoch
 
 
 def stop_at(monkeypatch, function, call):
-    """The next run is stopped at this call, counted from 1, of a function that train.py names."""
+    """The next run is stopped at this call, counted from 1, of a function."""
     calls = []
 
     def stop(*args):
@@ -24,9 +24,8 @@ def stop_at(monkeypatch, function, call):
             raise KeyboardInterrupt
         return original(*args)
 
-    target = f"train.{function}"
-    original = pkgutil.resolve_name(target)
-    monkeypatch.setattr(target, stop)
+    original = pkgutil.resolve_name(function)
+    monkeypatch.setattr(function, stop)
 
 
 def without_times(rows):
@@ -83,7 +82,12 @@ def test_distorted_shows_whether_the_regularizer_fires(run):
 
 @pytest.mark.parametrize(
     ("function", "call", "finished"),  # the last three: between two of the files that an epoch writes
-    [("evaluate", 3, 2), ("save_weights", 1, 0), ("save_checkpoint", 2, 1), ("record.write_metrics", 4, 3)],
+    [
+        ("train.evaluate", 3, 2),
+        ("utils.record.save_weights", 1, 0),
+        ("utils.record.save_checkpoint", 2, 1),
+        ("utils.record.write_metrics", 4, 3),
+    ],
 )
 def test_resumed_equals_uninterrupted(run, monkeypatch, capsys, function, call, finished):
     whole = run(*SHORT, name="whole")

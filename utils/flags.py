@@ -16,6 +16,10 @@ from utils.checkpoint import CheckpointError
 from utils.photographs import ImageError
 
 
+class UsageError(Exception):
+    """What the user typed wrong, in one sentence."""
+
+
 class Parser(argparse.ArgumentParser):
     """--help shows the script's docstring; no flag can be abbreviated."""
 
@@ -78,59 +82,65 @@ def usable_device(text: str) -> torch.device:
 
 
 def add_shared_flags(parser: Parser) -> None:
-    """What means the same in both scripts; each sets its own defaults."""
-    add = parser.add_argument
-    add("--method", choices=METHODS, default="disout")
-    add(
-        "--dist_prob",
-        type=number(float, 0, 1),
-        help="share of a map to distort (the method's rate), at the end of training",
-    )
-    add("--alpha", type=number(float, 0), help="intensity of the distortion")
-    add("--block_size", type=number(int, 1), help="side of a block; 1: element-wise")
-    add("--inside", action="store_true", help="keep even blocks wholly inside the map (see disout.py)")
-    add("--label_smoothing", type=number(float, 0, below=1), default=0.0)
-    add("--epochs", type=number(int, 1))
-    add("--batch_size", type=number(int, 1))
-    add("--lr", type=number(float, above=0))
-    add("--momentum", type=number(float, 0, below=1), default=0.9)
-    add("--weight_decay", type=number(float, 0))
-    add("--warmup_epochs", type=number(int, 0))
-    add("--seed", type=number(int, 0), default=0)
-    add("--device", type=usable_device, help="default: cuda where there is one, else cpu")
-    add("--output", default="results", help="parent of the run's folder")
-    add("--name", type=folder_name, help="the run's folder; default: DATASET-resnetDEPTH-METHOD-sSEED")
-    add("--resume", action="store_true", help="go on after the last finished epoch; start where there is none")
-    add("--evaluate", metavar="FILE", help="only evaluate a checkpoint or a state dict such as best.pt")
+    """What means the same in both scripts; each sets its own defaults for what is None here."""
+
+    def add(flag: str, kind: Callable[[str], float], what: str, default: float | None = None) -> None:
+        parser.add_argument(flag, type=kind, default=default, help=f"{what} (default: %(default)s)")
+
+    parser.add_argument("--method", choices=METHODS, default="disout")
+    add("--dist_prob", number(float, 0, 1), "share of a map to distort at the end of training, or the method's rate")
+    add("--alpha", number(float, 0), "intensity of the distortion")
+    add("--block_size", number(int, 1), "side of a block; 1: element-wise")
+    parser.add_argument("--inside", action="store_true", help="keep even blocks wholly inside the map (see disout.py)")
+    add("--label_smoothing", number(float, 0, below=1), "of the training loss", 0.0)
+    add("--epochs", number(int, 1), "passes over the training images")
+    add("--batch_size", number(int, 1), "images of an optimizer step, of all processes together")
+    add("--lr", number(float, above=0), "learning rate after the warm-up")
+    add("--momentum", number(float, 0, below=1), "of SGD", 0.9)
+    add("--weight_decay", number(float, 0), "of SGD, on all parameters")
+    add("--warmup_epochs", number(int, 0), "epochs over which the learning rate grows linearly")
+    add("--seed", number(int, 0), "of everything that is drawn", 0)
+    parser.add_argument("--device", type=usable_device, help="default: cuda where there is one, else cpu")
+    parser.add_argument("--output", default="results", help="parent of the run's folder (default: results)")
+    parser.add_argument("--name", type=folder_name, help="the run's folder (default: DATASET-resnetDEPTH-METHOD-sSEED)")
+    parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch, or start")
+    parser.add_argument("--evaluate", metavar="FILE", help="only evaluate a checkpoint or a state dict (best.pt)")
 
 
-def settle(parser: Parser, args: argparse.Namespace) -> dict[str, object]:
-    """Fills in the defaults that depend on other flags (`dataset` and `depth` are there already), and refuses a run
-    folder that the flags do not fit. Returns the run's settings: every flag that says what the run is, and where."""
+def run_settings(args: argparse.Namespace) -> dict[str, object]:
+    """Fills in the defaults that depend on other flags (`dataset` and `depth` are there already). Returns what
+    config.json holds: every flag that says what the run is, and where."""
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.name = args.name or f"{args.dataset}-resnet{args.depth}-{args.method}-s{args.seed}"
     for flag in {"dist_prob", "block_size", "alpha", "inside"} - set(METHODS[args.method].settings):
         setattr(args, flag, 0)
     settings = {flag: value for flag, value in vars(args).items() if flag not in ("resume", "evaluate")}
-    settings["device"] = str(args.device)
+    return settings | {"device": str(args.device)}
 
+
+def check_folder(args: argparse.Namespace, settings: dict[str, object]) -> Path:
+    """The run's folder. Raises UsageError where the flags do not fit it."""
     folder = Path(args.output, args.name)
     if args.evaluate:
         if not Path(args.evaluate).is_file():
-            parser.error(f"argument --evaluate: there is no file {args.evaluate}")
+            raise UsageError(f"argument --evaluate: there is no file {args.evaluate}")
     elif not args.resume and folder.is_dir() and any(folder.iterdir()):
-        parser.error(f"{folder} holds a run already: add --resume to go on with it, or give another --name")
+        raise UsageError(f"{folder} holds a run already: add --resume to go on with it, or give another --name")
     elif changed := record.changed_settings(folder, settings):
-        parser.error(f"{folder} was started with other settings ({', '.join(changed)}): give another --name")
-    return settings
+        raise UsageError(f"{folder} was started with other settings ({', '.join(changed)}): give another --name")
+    return folder
 
 
-def run_script(script: str, main: Callable[[list[str]], None]) -> None:
-    """Calls main(arguments). What goes wrong is one line on stderr and exit code 1."""
+def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Calls main(argv). What the user typed wrong is one line on stderr and exit code 2, what goes wrong 1."""
     try:
-        main(sys.argv[1:])
+        main(argv)
+    except UsageError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
     except (OSError, CheckpointError, ImageError) as error:
-        sys.exit(f"{script}: {str(error).splitlines()[-1]}")  # the last line is the message, also out of a worker
+        print(f"{script}: {str(error).splitlines()[-1]}", file=sys.stderr)  # the last line: also out of a worker
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{script}: stopped; --resume goes on after the last finished epoch", file=sys.stderr)
         sys.exit(130)

@@ -78,8 +78,13 @@ def load(
     """Training and test images of the folder `data`: train/CLASS/* and val/CLASS/*.
 
     Raises:
-        FileNotFoundError: a class folder without images, or the classes of train/ and val/ differ.
+        FileNotFoundError: a folder is missing or has no image, or the classes of train/ and val/ differ.
     """
+    for folder in (Path(data, "train"), Path(data, "val")):
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {folder}: --data names the one that holds train/CLASS and val/CLASS"
+            )
     train = Photographs(Path(data, "train"), train_transform(augmentation, size), seed, skip_corrupt)
     test = Photographs(Path(data, "val"), test_transform(size), seed, skip_corrupt)
     if train.classes != test.classes:
