@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Linting and tests; further arguments go to pytest. CIFAR_ROOT names the folder of the CIFAR files, for the tests on them.
+# Linting and tests; arguments go to pytest. CIFAR_ROOT names the folder of the CIFAR files, for the tests on them.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "pytest>=8,<10" "ruff>=0.9,<1"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh "pytest>=8,<10" "ruff>=0.9,<1"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/python -m pytest -ra "$@"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, read_json
+from conftest import metrics, read_json, same, without_times
 
 import train
 from utils import record
@@ -26,22 +26,6 @@ def stop_at(monkeypatch, function, call):
 
     original = pkgutil.resolve_name(function)
     monkeypatch.setattr(function, stop)
-
-
-def without_times(rows):
-    return [
-        {name: value for name, value in row.items() if name not in ("seconds", "images_per_second")} for row in rows
-    ]
-
-
-def same(a, b):
-    """Bit for bit, through a checkpoint's dictionaries and lists, but for the times."""
-    if isinstance(a, dict):
-        names = a.keys() - {"seconds", "images_per_second"}
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in names)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_a_short_training_learns(run):

@@ -111,6 +111,7 @@ def surroundings(command: list[str], device: torch.device) -> dict[str, object]:
         "command": shlex.join(["python", *command]),
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
+        "precision": "float32",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

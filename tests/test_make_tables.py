@@ -1,0 +1,76 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+
+sys.path.insert(0, str(Path(train.__file__).parent / "scripts"))
+import make_tables
+
+ROWS = {row: settings for row, (_, settings) in make_tables.published_settings("table2_cifar10.sh").items()}
+
+
+@pytest.fixture
+def publish(tmp_path):
+    """Writes a run's logs, of two epochs with these accuracies, under a study's folder."""
+
+    def write(study, name, settings, seed, top1, complete=True):
+        folder = tmp_path / study / f"{name}-s{seed}"
+        folder.mkdir(parents=True)
+        config = {**settings, "seed": seed, "command": "python train.py", "device_name": "a CPU", "threads": 2}
+        (folder / "config.json").write_text(json.dumps(config))
+        epochs = "".join(f"{epoch},{value},99,60\n" for epoch, value in enumerate(top1, 1))
+        (folder / "metrics.csv").write_text("epoch,test_top1,test_top5,seconds\n" + epochs)
+        if complete:
+            (folder / "summary.json").write_text("{}")
+
+    return write
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """The page of what was published, as sections under their titles."""
+
+    def make():
+        monkeypatch.setattr(sys, "argv", ["make_tables.py", str(tmp_path)])
+        make_tables.main()
+        sections = (tmp_path / "README.md").read_text().split("## ")[1:]
+        return {section.splitlines()[0]: section for section in sections}
+
+    return make
+
+
+def test_the_paper_table_has_mean_deviation_and_paired_difference(publish, page):
+    for seed, none, disout in ((0, (90, 91), (93, 92)), (1, (92, 93), (94, 93)), (2, (91, 92), (90, 95))):
+        publish("table2_cifar10", "none", ROWS["none"], seed, none)
+        publish("table2_cifar10", "disout", ROWS["disout"], seed, disout)
+    sections = page()
+    table = sections["Table 2, CIFAR-10 (ResNet-56)"]
+    assert "| no regularizer | 93.95 ± 0.09 | 92.00 ± 1.00 | 92.00 ± 1.00 |  | 3 | 2 |" in table
+    # differences of the best epochs: 2, 1, 3; mean 2, deviation 1, t(0.975, 2) = 4.303
+    assert "| 94.50 ± 0.15 | 94.00 ± 1.00 | 93.33 ± 1.53 | +2.00 (-0.48 to +4.48) | 3 | 2 |" in table
+    assert "| DropBlock | 94.18 ± 0.14 | not run | not run |  | 0 |" in table
+    assert "table2_cifar10" not in sections
+
+
+@pytest.mark.parametrize("change", [{"epochs": 10}, {"batch_size": 256}, {"alpha": 4.0}, {"holdout": 5000}])
+def test_a_run_off_the_recipe_stands_in_its_own_table(publish, page, change):
+    publish("mine", "disout", {**ROWS["disout"], **change}, 0, (90, 91))
+    sections = page()
+    assert "91.00" not in sections["Table 2, CIFAR-10 (ResNet-56)"]
+    assert "91.00" in sections["mine"]
+    [(name, value)] = change.items()
+    assert f"{name} {value:g}" in sections["mine"]
+
+
+def test_a_run_that_is_not_complete_stands_nowhere(publish, page):
+    publish("mine", "disout", ROWS["disout"], 0, (90, 91), complete=False)
+    assert not any("91.00" in section for section in page().values())
+
+
+def test_a_flag_that_is_younger_than_the_run_had_its_default(publish, page):
+    settings = {name: value for name, value in ROWS["none"].items() if name != "label_smoothing"}
+    publish("old", "none", settings, 0, (90, 91))
+    assert "91.00" in page()["Table 2, CIFAR-10 (ResNet-56)"]

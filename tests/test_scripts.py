@@ -1,0 +1,106 @@
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+import train_imagenet
+
+ROOT = Path(train.__file__).parent
+TABLES = {"table2_cifar10": 3, "table2_cifar100": 3, "table3_imagenet": 10}
+
+
+def printed(script, *flags, **environment):
+    """The commands that a table's script would run, without a virtual environment or data."""
+    everything = os.environ | {"DRY_RUN": "1"} | environment
+    result = subprocess.run(
+        ["bash", ROOT / "scripts" / f"{script}.sh", *flags], env=everything, capture_output=True, text=True, check=True
+    )
+    return [shlex.split(line) for line in result.stdout.splitlines()]
+
+
+def flag_of(command, flag):
+    return command[len(command) - command[::-1].index(flag)]
+
+
+@pytest.mark.parametrize(("script", "count"), TABLES.items())
+def test_dry_run_prints_a_command_a_row_and_seed_under_its_own_name(script, count):
+    commands = printed(script, SEEDS="0 5")
+    assert len(commands) == 2 * count
+    names = [flag_of(command, "--name") for command in commands]
+    assert len(set(names)) == 2 * count
+    assert all(name.endswith("-s0") for name in names[:count]) and all(name.endswith("-s5") for name in names[count:])
+    settings = [str({**parsed(command), "name": "", "seed": 0}) for command in commands[:count]]
+    assert len(set(settings)) == count
+
+
+def parsed(command):
+    script = {"train.py": train, "train_imagenet.py": train_imagenet}[command[1]]
+    return script.parse_arguments(command[2:])[1]
+
+
+def test_further_flags_come_last_and_override():
+    for command in printed("table2_cifar10", "--epochs", "3", "--data_root", "my data", SEEDS="1"):
+        settings = parsed(command)
+        assert (settings["epochs"], settings["data_root"], settings["seed"]) == (3, "my data", 1)
+
+
+def test_table2_is_the_published_recipe():
+    rows = {flag_of(command, "--name"): parsed(command) for command in printed("table2_cifar10", SEEDS="0")}
+    recipe = {"epochs": 200, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "warmup_epochs": 1}
+    recipe |= {"depth": 56, "augment": "standard", "label_smoothing": 0.0, "train_size": 0, "holdout": 0}
+    assert all(recipe.items() <= row.items() for row in rows.values())
+    assert {"dist_prob": 0.09, "alpha": 5.0, "block_size": 6}.items() <= rows["disout-s0"].items()
+    assert {"dist_prob": 0.09, "alpha": 0, "block_size": 6}.items() <= rows["dropblock-s0"].items()
+
+
+@pytest.mark.parametrize("command", printed("table2_cifar100", SEEDS="0"), ids=lambda command: command[5])
+def test_every_command_of_table2_does_a_step(command, tmp_path):
+    small = ["--dataset", "digits", "--depth", "8", "--train_size", "16", "--epochs", "1", "--output", str(tmp_path)]
+    train.main([*command[2:], *small])
+    assert (tmp_path / flag_of(command, "--name") / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "command", printed("table3_imagenet", SEEDS="0"), ids=lambda command: flag_of(command, "--name")
+)
+def test_every_command_of_table3_does_a_step(command, tmp_path, photographs_folder):
+    small = ["--data", str(photographs_folder), "--image_size", "32", "--batch_size", "21", "--epochs", "1"]
+    train_imagenet.main([*command[2:], *small, "--workers", "0", "--output", str(tmp_path)])
+    assert (tmp_path / flag_of(command, "--name") / "summary.json").exists()
+
+
+def test_the_script_passes_over_what_is_finished(tmp_path):
+    """Through bash itself; it needs the virtual environment that scripts/setup.sh makes."""
+    if not (ROOT / ".venv/bin/python").exists():
+        pytest.skip("no .venv: scripts/test.sh makes one")
+    flags = ["--dataset", "digits", "--depth", "8", "--train_size", "16", "--epochs", "1", "--output"]
+    command = ["bash", ROOT / "scripts/table2_cifar10.sh", *flags, tmp_path / "my runs"]
+    outputs = [
+        subprocess.run(
+            command, env=os.environ | {"SEEDS": "0", "JOBS": "2"}, capture_output=True, text=True, check=True
+        )
+        for _ in range(2)
+    ]
+    assert outputs[0].stdout.count("epoch 1/1") == 3
+    assert outputs[1].stdout.count("is complete") == 3 and "epoch 1/1" not in outputs[1].stdout
+
+
+def test_the_committed_page_is_what_the_committed_logs_give(tmp_path):
+    published = ROOT / "results/published"
+    for log in published.glob("*/*/*"):
+        if log.name in ("config.json", "metrics.csv", "summary.json"):
+            copy = tmp_path / log.relative_to(published)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(log.read_bytes())
+    subprocess.run([sys.executable, ROOT / "scripts/make_tables.py", tmp_path], check=True)
+    page = (tmp_path / "README.md").read_text()
+    assert page == (published / "README.md").read_text()
+    assert all((tmp_path / study.name / "accuracy.png").exists() for study in published.iterdir() if study.is_dir())
+    readme = (ROOT / "README.md").read_text()
+    tables = [part for part in page.split("\n\n") if part.startswith("|")]
+    assert len(tables) > 3
+    assert all(table in readme for table in tables)

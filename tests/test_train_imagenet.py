@@ -1,0 +1,111 @@
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import metrics, read_json, same, without_times
+
+import train_imagenet
+from utils.flags import run_script
+
+SCRIPT = Path(train_imagenet.__file__)
+
+
+@pytest.fixture
+def flags(photographs_folder, tmp_path):
+    """A short training on the generated photographs, into tmp_path/NAME."""
+
+    def short(name, *more):
+        small = [
+            "--image_size",
+            "32",
+            "--batch_size",
+            "8",
+            "--epochs",
+            "3",
+            "--lr",
+            "0.02",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+        ]
+        return ["--data", str(photographs_folder), *small, "--output", str(tmp_path), "--name", name, *more]
+
+    return short
+
+
+def torchrun(flags, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", SCRIPT]
+    return subprocess.Popen(
+        [*command, *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_two_processes_learn_evaluate_each_image_once_and_resume_exactly(flags, tmp_path):
+    finished(torchrun(flags("whole")))
+    rows, summary = metrics(tmp_path / "whole"), read_json(tmp_path / "whole/summary.json")
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] and rows[-1]["train_top1"] > 75
+    assert (summary["train_images"], summary["test_images"]) == (21, 11)
+
+    process = torchrun(flags("stopped"))
+    while process.poll() is None and not (tmp_path / "stopped/checkpoint.pt").exists():
+        time.sleep(0.05)
+    process.terminate()  # torchrun ends its processes, wherever they are
+    process.communicate()
+    assert "going on after epoch" in finished(torchrun(flags("stopped", "--resume")))
+    assert without_times(metrics(tmp_path / "stopped")) == without_times(rows)
+    checkpoints = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "stopped"))
+    assert same(*checkpoints)
+
+
+def test_evaluate_is_the_same_in_one_process_and_in_two(flags, tmp_path, capsys):
+    train_imagenet.main(flags("one", "--epochs", "1"))
+    capsys.readouterr()
+    arguments = flags("none", "--evaluate", str(tmp_path / "one/best.pt"))
+    train_imagenet.main(arguments)
+    line = capsys.readouterr().out
+    assert f"top1 {read_json(tmp_path / 'one/summary.json')['best_top1']:.2f} %" in line
+    assert line in finished(torchrun(arguments))
+
+
+def test_accumulated_parts_make_the_same_steps(flags, tmp_path):
+    train_imagenet.main(flags("parts", "--accumulate_steps", "2", "--epochs", "1"))
+    assert [row["lr"] for row in metrics(tmp_path / "parts")] == [0.02]
+    assert torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)["step"] == 3
+
+
+def test_a_broken_image_is_one_line_or_counted(flags, photographs_folder, tmp_path, capsys):
+    broken = shutil.copytree(photographs_folder, tmp_path / "broken")
+    (broken / "val/blue/01.jpg").write_bytes(b"no image")
+    arguments = flags("run", "--epochs", "1", "--data", str(broken), "--workers", "1")
+    with pytest.raises(SystemExit) as stop:
+        run_script("train_imagenet.py", train_imagenet.main, arguments)
+    message = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert message.count("\n") == 1 and "blue/01.jpg" in message and "--skip_corrupt" in message
+    train_imagenet.main(flags("skipped", "--epochs", "1", "--data", str(broken), "--skip_corrupt"))
+    assert read_json(tmp_path / "skipped/summary.json")["test_images"] == 10
+
+
+def test_a_missing_folder_is_one_line(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_script("train_imagenet.py", train_imagenet.main, flags("run", "--data", str(tmp_path / "nowhere")))
+    message = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert message.count("\n") == 1 and str(tmp_path / "nowhere/train") in message
+    assert not (tmp_path / "run").exists()
