@@ -4,11 +4,10 @@ The authors' recipe, for which they report 94.50 +- 0.15 % (best epoch) on CIFAR
 
     python train.py --dist_prob 0.09 --alpha 5.0 --block_size 6
 
-which is also what `python train.py` does: ResNet-56, 200 epochs, about 16 hours
-on 2 CPU cores (4.9 minutes an epoch on an AMD EPYC: results/published/one_epoch).
-
-The rows that it is compared to (93.95 and 94.18 %) are --method none and --method dropblock; element-wise distortion is
---block_size 1. A first look in a minute, without a download: bash scripts/quickstart.sh
+which is also what `python train.py` does: ResNet-56, 200 epochs, about 16 hours on 2 CPU cores (4.9 minutes an epoch on
+an AMD EPYC: results/published/one_epoch). The rows that it is compared to (93.95 and 94.18 %) are --method none and
+--method dropblock; element-wise distortion is --block_size 1. A first look in about a minute, without a download:
+bash scripts/quickstart.sh
 """
 
 import argparse
@@ -34,17 +33,12 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     """The flags, and the run's settings as config.json holds them."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--dataset", choices=data.DATASETS, default="cifar10")
-    add("--data_root", default="data", help="folder that holds the data set, or that it is downloaded to")
-    add("--depth", type=resnet_depth, default=56, help="of the ResNet, 6n + 2")
-    add("--augment", choices=data.AUGMENTS, default="standard", help="crop, flip, rotation; cutout: after them")
-    add("--train_size", type=number(int, 0), default=0, help="train on so many images, balanced over classes; 0: all")
-    add(
-        "--holdout",
-        type=number(int, 0),
-        default=0,
-        help="evaluate on the N training images that follow, not the test set",
-    )
+    add("--dataset", choices=data.DATASETS, default="cifar10", help="default: cifar10")
+    add("--data_root", default="data", help="folder that holds CIFAR, or that it is downloaded to (default: data)")
+    add("--depth", type=resnet_depth, default=56, help="of the ResNet, 6n + 2 (default: 56)")
+    add("--augment", choices=data.AUGMENTS, default="standard", help="standard (default): crop, flip, rotation")
+    add("--train_size", type=number(int, 0), default=0, help="train on N images, balanced over classes (default: all)")
+    add("--holdout", type=number(int, 0), default=0, help="evaluate on the N training images that follow instead")
     add_shared_flags(parser)
     parser.set_defaults(dist_prob=0.09, alpha=5.0, block_size=6)
     parser.set_defaults(epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=1)
@@ -109,11 +103,11 @@ def main(argv: list[str]) -> None:
             bar,
             sizes,
             optimizer,
-            lr_at_step,
-            layers,
-            step,
-            total_steps,
-            args.seed,
+            lr_at_step=lr_at_step,
+            layers=layers,
+            first_step=step,
+            total_steps=total_steps,
+            seed=args.seed,
             label_smoothing=args.label_smoothing,
         )
         trained = time.perf_counter()
@@ -123,6 +117,7 @@ def main(argv: list[str]) -> None:
             "epoch": epoch + 1,
             "dist_prob": dist_prob_at(step - 1, total_steps, args.dist_prob),
             **scores,
+            "skipped": scores["train_skipped"] + scores["test_skipped"],
             "seconds": time.perf_counter() - start,
             "images_per_second": len(train.labels) / (trained - start),
         }

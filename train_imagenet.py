@@ -10,6 +10,7 @@ batch does not fit its memory, --accumulate_steps takes it in parts. What it is 
 """
 
 import argparse
+import os
 import sys
 import time
 from functools import partial
@@ -34,19 +35,18 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     """The flags, and the run's settings as config.json holds them."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--data", default="data/imagenet", help="folder of train/ and val/, with one folder a class in each")
-    add("--workers", type=number(int, 0), default=8, help="processes that decode, per training process")
-    add("--image_size", type=number(int, 32), default=224)
-    add("--augment", choices=photographs.AUGMENTS, default="standard", help="crop and flip; cutout, autoaugment: added")
-    add(
-        "--accumulate_steps", type=number(int, 1), default=1, help="parts in which a process takes its share of a batch"
-    )
+    add("--data", default="data/imagenet", help="folder of train/CLASS and val/CLASS (default: data/imagenet)")
+    add("--workers", type=number(int, 0), default=8, help="that decode, of each process (default: 8)")
+    add("--image_size", type=number(int, 32), default=224, help="side of the images, at least 32 (default: 224)")
+    add("--augment", choices=photographs.AUGMENTS, default="standard", help="standard (default): crop and flip")
+    add("--accumulate_steps", type=number(int, 1), default=1, help="parts of a process's share of a batch (default: 1)")
     add("--skip_corrupt", action="store_true", help="go on without images that cannot be read, and count them")
     add_shared_flags(parser)
     parser.set_defaults(dist_prob=0.07, alpha=1.0, block_size=7)
     parser.set_defaults(epochs=540, batch_size=1024, lr=0.4, weight_decay=1e-4, warmup_epochs=0)
     args = parser.parse_args(argv)
-    args.dataset, args.depth = Path(args.data).resolve().name, 50
+    args.dataset, args.depth = Path(args.data).absolute().name, 50
+    args.processes = int(os.environ.get("WORLD_SIZE", 1))  # batch norm and Disout see a process's share of a batch
     return args, run_settings(args)
 
 
@@ -114,11 +114,11 @@ def main(argv: list[str]) -> None:
             bar,
             sizes,
             optimizer,
-            lr_at_step,
-            layers,
-            step,
-            total_steps,
-            args.seed,
+            lr_at_step=lr_at_step,
+            layers=layers,
+            first_step=step,
+            total_steps=total_steps,
+            seed=args.seed,
             accumulate_steps=args.accumulate_steps,
             label_smoothing=args.label_smoothing,
         )
@@ -130,6 +130,7 @@ def main(argv: list[str]) -> None:
             "epoch": epoch + 1,
             "dist_prob": dist_prob_at(step - 1, total_steps, args.dist_prob),
             **scores,
+            "skipped": scores["train_skipped"] + scores["test_skipped"],
             "seconds": time.perf_counter() - start,
             "images_per_second": len(train) / (trained - start),
         }

@@ -2,9 +2,9 @@
 
 usage: python scripts/make_tables.py [FOLDER]
 
-Every figure comes from config.json and metrics.csv of FOLDER/STUDY/NAME. A complete run of the published setting enters
-the paper's table; any other stands in its study's table, with what sets it apart. The seeds of a setting are one row:
-mean and deviation, and the paired difference to the same seeds without regularizer, with a 95 % interval.
+Every figure comes from config.json and metrics.csv of FOLDER/STUDY/NAME or FOLDER/NAME. A complete run of a published
+setting enters the paper's table; any other stands in its study's table, with what sets it apart. The seeds of a setting
+are one row: mean and deviation, and the paired difference to the same seeds without regularizer, with a 95 % interval.
 """
 
 import csv
@@ -29,7 +29,7 @@ import train_imagenet  # noqa: E402
 from utils.files import replacing  # noqa: E402
 from utils.record import PLACES  # noqa: E402
 
-SAME = {"seed", *PLACES}  # what may differ between runs of one setting
+SAME = {"seed", "processes", *PLACES}  # what may differ between runs of one setting
 CONDITIONS = ("runs", "epochs", "minutes a run", "precision", "device")
 METHOD = {"method", "dist_prob", "alpha", "block_size", "inside", "label_smoothing", "augment"}
 
@@ -91,6 +91,8 @@ def main() -> None:
         sys.exit(__doc__)
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "results/published")
     runs = read_runs(folder)
+    if not runs:
+        sys.exit(f"make_tables.py: no complete run in {folder}/STUDY/NAME or {folder}/NAME")
     published = {title: published_settings(script) for title, (script, _, _) in PAPER.items()}
     on_recipe = [settings for rows in published.values() for _, settings in rows.values()]
 
@@ -103,7 +105,8 @@ def main() -> None:
     ]
     for study in sorted({run.study for run in runs}):
         members = [run for run in runs if run.study == study]
-        draw_study(folder / study / "accuracy.png", study, members)
+        if len(members[0].rows) > 1:
+            draw_study(folder / study / "accuracy.png", study, members)
         off_recipe = [run for run in members if all(differing(run, settings) for settings in on_recipe)]
         if off_recipe:
             sections.append(study_table(study, off_recipe))
@@ -114,12 +117,18 @@ def main() -> None:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The complete runs in FOLDER/STUDY/NAME."""
+    """The complete runs in FOLDER/STUDY/NAME, and in FOLDER/NAME, whose study is '.'."""
     runs = []
-    for summary in sorted(folder.glob("*/*/summary.json")):
+    for summary in sorted([*folder.glob("*/summary.json"), *folder.glob("*/*/summary.json")]):
         with (summary.parent / "metrics.csv").open() as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        runs.append(Run(summary.parent.parent.name, json.loads((summary.parent / "config.json").read_text()), rows))
+        runs.append(
+            Run(
+                str(summary.parent.parent.relative_to(folder)),
+                json.loads((summary.parent / "config.json").read_text()),
+                rows,
+            )
+        )
     return runs
 
 
@@ -131,7 +140,7 @@ def settings_of(command: list[str]) -> dict[str, object]:
 
 def published_settings(script: str) -> dict[str, tuple[str, dict[str, object]]]:
     """Row -> command and settings, of the commands that a table's script runs."""
-    environment = os.environ | {"DRY_RUN": "1", "SEEDS": "0"}
+    environment = os.environ | {"DRY_RUN": "1", "SEEDS": "0", "LAUNCH": "python"}
     printed = subprocess.run(
         ["bash", ROOT / "scripts" / script], env=environment, capture_output=True, text=True, check=True
     )
@@ -176,7 +185,10 @@ def grouped(runs: list[Run]) -> list[list[Run]]:
 def paper_table(title: str, published: dict[str, tuple[str, dict[str, object]]], runs: list[Run]) -> str:
     """The paper's figures and ours; `published` has the command and the settings of each row."""
     script, columns, rows = PAPER[title]
+    intro = f"## {title}\n\n`bash scripts/{script}` runs every row with every seed.\n\n"
     members = {row: [run for run in runs if not differing(run, published[row][1])] for row in rows}
+    if not any(members.values()):
+        return f"{intro}{not_run(columns, rows, published)}"
     figures = [f"{name}, {whose}" for name in columns.values() for whose in ("paper", "ours, best", "ours, last")]
     lines = [["", *figures, "difference to none", *CONDITIONS, "command"]]
     for row, (name, of_paper) in rows.items():
@@ -185,19 +197,27 @@ def paper_table(title: str, published: dict[str, tuple[str, dict[str, object]]],
             cells += [figure, spread(members[row], Run.best, column), spread(members[row], Run.last, column)]
         command = f"`{published[row][0]}`"
         lines.append([*cells, difference(members[row], members["none"]), *conditions(members[row]), command])
-    return f"## {title}\n\n`bash scripts/{script}` runs every row with every seed.\n\n{markdown(lines)}"
+    return f"{intro}{markdown(lines)}"
+
+
+def not_run(columns: dict[str, str], rows: dict[str, tuple], published: dict[str, tuple]) -> str:
+    """The paper's figures alone."""
+    lines = [["", *(f"{name}, paper" for name in columns.values()), "ours", "command"]]
+    lines += [[name, *of_paper, "not run", f"`{published[row][0]}`"] for row, (name, of_paper) in rows.items()]
+    return markdown(lines)
 
 
 def study_table(study: str, runs: list[Run]) -> str:
     """Runs off the published recipe, a row each setting, with what sets it apart from the recipe."""
-    lines = [["", "off the published recipe", "best", "last", "difference to none", *CONDITIONS, "command"]]
+    lines = [["", "differs from the recipe in", "best", "last", "difference to none", *CONDITIONS, "command"]]
     for group in grouped(runs):
         apart = apart_from_recipe(group[0])
         partners = [run for run in runs if run.config["method"] == "none" and apart_from_recipe(run) == apart]
         cells = [label(group[0]), ", ".join(f"{name} {value}" for name, value in apart.items())]
         cells += [spread(group, Run.best, "test_top1"), spread(group, Run.last, "test_top1")]
         lines.append([*cells, difference(group, partners), *conditions(group), f"`{group[0].config['command']}`"])
-    return f"## {study}\n\n{markdown(lines)}\n\n![{study}]({study}/accuracy.png)"
+    picture = f"\n\n![{study}]({study}/accuracy.png)" if len(runs[0].rows) > 1 else ""
+    return f"## {study}\n\n{markdown(lines)}{picture}"
 
 
 def apart_from_recipe(run: Run) -> dict[str, object]:
@@ -212,13 +232,19 @@ def conditions(runs: list[Run]) -> list[str]:
         return ["0", "", "", "", ""]
     minutes = statistics.mean(sum(row["seconds"] for row in run.rows) for run in runs) / 60
     precisions = {run.config.get("precision", "float32") for run in runs}
-    devices = {f"{run.config['device_name']}, threads: {run.config['threads']}" for run in runs}
+    devices = {device_of(run.config) for run in runs}
     return [
         str(len(runs)),
         str(len(runs[0].rows)),
         f"{minutes:.1f}",
         *(", ".join(sorted(s)) for s in (precisions, devices)),
     ]
+
+
+def device_of(config: dict[str, object]) -> str:
+    count = config.get("processes", 1)
+    name = f"{count} x {config['device_name']}" if count > 1 else config["device_name"]
+    return f"{name}, threads: {config['threads']}" if config["device"] == "cpu" else name
 
 
 def spread(runs: list[Run], measure: Callable[[Run, str], float], column: str) -> str:

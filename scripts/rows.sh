@@ -1,7 +1,7 @@
 # Sourced by the table scripts. run_rows OUTPUT COMMAND [FLAG...] reads rows 'NAME FLAGS' and runs each with every seed, the
 # first seed of all rows before the second, further flags last, so that they override. A finished run is passed over, an
-# unfinished one resumed. From the environment: SEEDS (default "0 1 2"), JOBS at a time (1), which share out the threads,
-# and DRY_RUN=1, which only prints the commands.
+# unfinished one resumed. From the environment: SEEDS (default "0 1 2"), JOBS at a time (1), which share out the threads
+# (and one GPU), LAUNCH (python, or "torchrun --nproc_per_node=8"), and DRY_RUN=1, which only prints the commands.
 run_rows() {
     local output=$1 command=$2 rows seed row name flags extra=""
     local -a commands=()
@@ -11,7 +11,7 @@ run_rows() {
     for seed in ${SEEDS:-0 1 2}; do
         for row in "${rows[@]}"; do
             read -r name flags <<<"$row"
-            commands+=("python $command $flags --seed $seed --output $output --name $name-s$seed --resume$extra")
+            commands+=("${LAUNCH:-python} $command $flags --seed $seed --output $output --name $name-s$seed --resume$extra")
         done
     done
     if [ -n "${DRY_RUN:-}" ]; then

@@ -227,6 +227,16 @@ def test_dtype_is_kept_and_statistics_are_float32(x, dtype):
     assert torch.equal(layer.distorted, reference.distorted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_only_the_result_is_rounded_to_half_precision(x, dtype):
+    generator = torch.Generator().manual_seed(2)
+    low, noise = (100 * x).to(dtype), torch.randn(x.shape, generator=generator)
+    keep = torch.rand(x.shape, generator=generator) < 0.7
+    d = noise * (5.0 * 0.01 * low.float().std())
+    expected = torch.where(keep, low, d.to(dtype)) / keep.float().mean()
+    assert torch.equal(distort(low, keep, noise, 0.01, 5.0), expected)
+
+
 def test_autocast(x):
     conv, layer = nn.Conv2d(8, 8, 3), Disout(0.3)
     with torch.autocast("cpu", torch.bfloat16):

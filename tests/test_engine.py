@@ -25,7 +25,17 @@ def train(model, batches):
     def train_model(first_step=0, batches=batches, lr_at_step=lambda step: 0.1):
         optimizer = torch.optim.SGD(model.parameters(), lr=123.0, momentum=0.9)
         sizes = [len(labels) for _, labels in batches]
-        return train_epoch(model, batches, sizes, optimizer, lr_at_step, [(model[2], 0.5)], first_step, 30, seed=0)
+        return train_epoch(
+            model,
+            batches,
+            sizes,
+            optimizer,
+            lr_at_step=lr_at_step,
+            layers=[(model[2], 0.5)],
+            first_step=first_step,
+            total_steps=30,
+            seed=0,
+        )
 
     return train_model
 
@@ -84,7 +94,8 @@ def test_accumulated_steps_are_those_of_whole_batches(model, batches):
     def trained(batches, sizes, accumulate_steps):
         model.load_state_dict(weights)
         optimizer, rates = torch.optim.SGD(model.parameters(), lr=1.0), []
-        train_epoch(model, batches, sizes, optimizer, lambda s: rates.append(s) or 0.1, [], 4, 9, 0, accumulate_steps)
+        fixed = {"layers": [], "first_step": 4, "total_steps": 9, "seed": 0, "accumulate_steps": accumulate_steps}
+        train_epoch(model, batches, sizes, optimizer, lr_at_step=lambda s: rates.append(s) or 0.1, **fixed)
         return model[1].weight.clone(), rates
 
     model[2].dist_prob = 0.0
@@ -101,7 +112,8 @@ def test_label_smoothing_is_in_the_gradient_and_not_in_the_reported_loss(model, 
     gradient = model[1].weight.grad.clone()
     before = model[1].weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    scores = train_epoch(model, batches[:1], [8], optimizer, lambda _: 1.0, [], 0, 1, 0, label_smoothing=0.1)
+    fixed = {"layers": [], "first_step": 0, "total_steps": 1, "seed": 0, "label_smoothing": 0.1}
+    scores = train_epoch(model, batches[:1], [8], optimizer, lr_at_step=lambda _: 1.0, **fixed)
     torch.testing.assert_close(before - model[1].weight, gradient)
     assert scores["train_loss"] == pytest.approx(plain)
 
@@ -111,5 +123,6 @@ def test_images_that_were_skipped_do_not_count(model, batches):
     for marked in (labels, torch.cat([labels, torch.tensor([-100, -100])])):
         padded = torch.cat([images, torch.zeros(len(marked) - 8, 12)])
         scores.append(evaluate(model, [(padded, marked)]))
+    assert [score.pop("test_skipped") for score in scores] == [0, 2]
     assert scores[0] == pytest.approx(scores[1])
     assert scores[1]["test_images"] == 8

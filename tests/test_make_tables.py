@@ -19,7 +19,14 @@ def publish(tmp_path):
     def write(study, name, settings, seed, top1, complete=True):
         folder = tmp_path / study / f"{name}-s{seed}"
         folder.mkdir(parents=True)
-        config = {**settings, "seed": seed, "command": "python train.py", "device_name": "a CPU", "threads": 2}
+        config = {
+            **settings,
+            "seed": seed,
+            "command": "python train.py",
+            "device": "cpu",
+            "device_name": "a CPU",
+            "threads": 2,
+        }
         (folder / "config.json").write_text(json.dumps(config))
         epochs = "".join(f"{epoch},{value},99,60\n" for epoch, value in enumerate(top1, 1))
         (folder / "metrics.csv").write_text("epoch,test_top1,test_top5,seconds\n" + epochs)
@@ -52,6 +59,7 @@ def test_the_paper_table_has_mean_deviation_and_paired_difference(publish, page)
     # differences of the best epochs: 2, 1, 3; mean 2, deviation 1, t(0.975, 2) = 4.303
     assert "| 94.50 ± 0.15 | 94.00 ± 1.00 | 93.33 ± 1.53 | +2.00 (-0.48 to +4.48) | 3 | 2 |" in table
     assert "| DropBlock | 94.18 ± 0.14 | not run | not run |  | 0 |" in table
+    assert "| DropBlock | 73.08 ± 0.23 | not run | `python train.py" in sections["Table 2, CIFAR-100 (ResNet-56)"]
     assert "table2_cifar10" not in sections
 
 
@@ -67,7 +75,21 @@ def test_a_run_off_the_recipe_stands_in_its_own_table(publish, page, change):
 
 def test_a_run_that_is_not_complete_stands_nowhere(publish, page):
     publish("mine", "disout", ROWS["disout"], 0, (90, 91), complete=False)
-    assert not any("91.00" in section for section in page().values())
+    publish("mine", "disout", ROWS["disout"], 1, (88, 89))
+    table = page()["Table 2, CIFAR-10 (ResNet-56)"]
+    assert "89.00" in table and "91.00" not in table
+
+
+def test_runs_without_a_study_count_and_no_run_at_all_is_said(publish, page):
+    with pytest.raises(SystemExit, match="no complete run"):
+        page()
+    publish(".", "disout", ROWS["disout"], 0, (90, 91))
+    assert "91.00" in page()["Table 2, CIFAR-10 (ResNet-56)"]
+
+
+def test_the_number_of_processes_is_no_other_setting_but_is_shown(publish, page):
+    publish("eight", "disout", {**ROWS["disout"], "processes": 8}, 0, (90, 91))
+    assert "8 x a CPU" in page()["Table 2, CIFAR-10 (ResNet-56)"]
 
 
 def test_a_flag_that_is_younger_than_the_run_had_its_default(publish, page):

@@ -100,7 +100,7 @@ def test_an_existing_run_is_not_overwritten(run, refused):
     before = (folder / "metrics.csv").read_bytes()
     assert "--resume" in refused(*SHORT)
     message = refused(*SHORT, "--resume", "--lr", "0.2", "--method", "dropblock")
-    assert all(word in message for word in ("lr: 0.1 -> 0.2", "method: disout -> dropblock", "alpha: 5.0 -> 0"))
+    assert all(word in message for word in ("lr: 0.1 -> 0.2", "method: disout -> dropblock", "alpha: 5.0 -> 0.0"))
     assert (folder / "metrics.csv").read_bytes() == before
 
 

@@ -10,6 +10,10 @@ import torch
 from conftest import metrics, read_json, same, without_times
 
 import train_imagenet
+from models.resnet_imagenet import ResNet50
+from utils import photographs
+from utils.checkpoint import load_weights
+from utils.engine import evaluate
 from utils.flags import run_script
 
 SCRIPT = Path(train_imagenet.__file__)
@@ -56,11 +60,20 @@ def finished(process):
     return output
 
 
-def test_two_processes_learn_evaluate_each_image_once_and_resume_exactly(flags, tmp_path):
+def test_two_processes_learn_evaluate_each_image_once_and_resume_exactly(flags, photographs_folder, tmp_path):
     finished(torchrun(flags("whole")))
     rows, summary = metrics(tmp_path / "whole"), read_json(tmp_path / "whole/summary.json")
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] and rows[-1]["train_top1"] > 75
-    assert (summary["train_images"], summary["test_images"]) == (21, 11)
+    assert (summary["train_images"], summary["test_images"], summary["skipped"]) == (21, 11, 0)
+    assert read_json(tmp_path / "whole/config.json")["processes"] == 2
+
+    # The weights that the first process saved are those that both have evaluated.
+    model = ResNet50(2)
+    load_weights(tmp_path / "whole/checkpoint.pt", model)
+    _, photos = photographs.load(photographs_folder, "none", 32, 0, False)
+    loader = photographs.make_loader(photos, photographs.test_keys(11, 4, 0, 1), 0, torch.device("cpu"))
+    scores = evaluate(model, photographs.on_device(loader, torch.device("cpu")))
+    assert scores["test_loss"] == pytest.approx(rows[-1]["test_loss"], rel=1e-4)
 
     process = torchrun(flags("stopped"))
     while process.poll() is None and not (tmp_path / "stopped/checkpoint.pt").exists():
@@ -98,8 +111,11 @@ def test_a_broken_image_is_one_line_or_counted(flags, photographs_folder, tmp_pa
     message = capsys.readouterr().err
     assert stop.value.code == 1
     assert message.count("\n") == 1 and "blue/01.jpg" in message and "--skip_corrupt" in message
-    train_imagenet.main(flags("skipped", "--epochs", "1", "--data", str(broken), "--skip_corrupt"))
-    assert read_json(tmp_path / "skipped/summary.json")["test_images"] == 10
+    assert (tmp_path / "run/config.json").exists()
+    train_imagenet.main([*arguments, "--resume", "--skip_corrupt"])  # as the message says
+    summary = read_json(tmp_path / "run/summary.json")
+    assert (summary["test_images"], summary["skipped"]) == (10, 1)
+    assert "1 images could not be read" in capsys.readouterr().out
 
 
 def test_a_missing_folder_is_one_line(flags, tmp_path, capsys):

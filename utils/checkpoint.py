@@ -36,7 +36,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         optimizer.load_state_dict(state["optimizer"])
         return state["step"], state["rows"]
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of this run ({first_line(error)})") from None
+        raise CheckpointError(f"{path} is no checkpoint of this run ({reason(error)})") from None
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -45,7 +45,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     try:
         model.load_state_dict(state.get("model", state))
     except (AttributeError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} holds no weights of this network ({first_line(error)})") from None
+        raise CheckpointError(f"{path} holds no weights of this network ({reason(error)})") from None
 
 
 def read(path: Path) -> object:
@@ -54,8 +54,10 @@ def read(path: Path) -> object:
     except OSError:
         raise
     except Exception as error:  # the unpickler raises whatever it stumbles over
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({first_line(error)})") from None
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason(error)})") from None
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def reason(error: Exception) -> str:
+    """One line: of a list of mismatches the first."""
+    lines = (str(error) or type(error).__name__).splitlines()
+    return lines[min(len(lines) - 1, 1)].strip()

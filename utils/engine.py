@@ -19,6 +19,7 @@ def train_epoch(
     batches: Batches,
     step_sizes: list[int],
     optimizer: torch.optim.Optimizer,
+    *,
     lr_at_step: Callable[[int], float],
     layers: list[tuple[nn.Module, float]],
     first_step: int,
@@ -37,8 +38,8 @@ def train_epoch(
         first_step: steps before this epoch, out of `total_steps` in the whole run.
         seed: with the step and the process's rank, it seeds the layers' draws, so that any step can be replayed.
 
-    Returns: train_loss (cross-entropy without label smoothing), train_top1 (%), train_images (that counted), lr and
-    distorted (mean over layers, 0 without any) of the last step.
+    Returns: train_loss (cross-entropy without label smoothing), train_top1 (%), train_images that counted and
+    train_skipped that did not; lr and distorted (mean over layers, 0 without any) of the last step.
     """
     model.train()
     rank, world = processes()
@@ -60,12 +61,13 @@ def train_epoch(
             totals = totals + batch_sums(logits.detach(), labels, ks=(1,))
         optimizer.step()
 
-    loss_sum, top1, count = summed(totals).tolist()
+    loss_sum, top1, count, skipped = summed(totals).tolist()
     distorted = float(torch.stack([layer.distorted for layer, _ in layers]).mean()) if layers else 0.0
     return {
         "train_loss": loss_sum / count,
         "train_top1": 100 * top1 / count,
         "train_images": int(count),
+        "train_skipped": int(skipped),
         "lr": lr,
         "distorted": distorted,
     }
@@ -73,24 +75,25 @@ def train_epoch(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches) -> dict[str, float]:
-    """test_loss, test_top1 and test_top5 (%), over all processes' `batches`, and test_images, how many that were."""
+    """test_loss, test_top1, test_top5 (%), test_images and test_skipped over all processes' `batches`."""
     model.eval()
-    totals = torch.zeros(4, device=next(model.parameters()).device)
+    totals = torch.zeros(5, device=next(model.parameters()).device)
     for images, labels in batches:
         totals += batch_sums(model(images), labels, ks=(1, 5))
-    loss_sum, top1, top5, count = summed(totals).tolist()
+    loss_sum, top1, top5, count, skipped = summed(totals).tolist()
     return {
         "test_loss": loss_sum / count,
         "test_top1": 100 * top1 / count,
         "test_top5": 100 * top5 / count,
         "test_images": int(count),
+        "test_skipped": int(skipped),
     }
 
 
 def batch_sums(logits: Tensor, labels: Tensor, ks: tuple[int, ...]) -> Tensor:
     """The cross-entropy summed over the batch, for each k the images whose label is among the k largest logits, and
-    the number of images, float32."""
+    the numbers of images that count and that do not (label -100), float32."""
     logits = logits.float()
     loss = F.cross_entropy(logits, labels, reduction="sum")
     largest = logits.topk(min(max(ks), logits.shape[1])).indices == labels[:, None]
-    return torch.stack([loss, *(largest[:, :k].sum() for k in ks), (labels >= 0).sum()])
+    return torch.stack([loss, *(largest[:, :k].sum() for k in ks), (labels >= 0).sum(), (labels < 0).sum()])

@@ -87,7 +87,7 @@ def add_shared_flags(parser: Parser) -> None:
     def add(flag: str, kind: Callable[[str], float], what: str, default: float | None = None) -> None:
         parser.add_argument(flag, type=kind, default=default, help=f"{what} (default: %(default)s)")
 
-    parser.add_argument("--method", choices=METHODS, default="disout")
+    parser.add_argument("--method", choices=METHODS, default="disout", help="regularizer (default: disout)")
     add("--dist_prob", number(float, 0, 1), "share of a map to distort at the end of training, or the method's rate")
     add("--alpha", number(float, 0), "intensity of the distortion")
     add("--block_size", number(int, 1), "side of a block; 1: element-wise")
@@ -113,7 +113,7 @@ def run_settings(args: argparse.Namespace) -> dict[str, object]:
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.name = args.name or f"{args.dataset}-resnet{args.depth}-{args.method}-s{args.seed}"
     for flag in {"dist_prob", "block_size", "alpha", "inside"} - set(METHODS[args.method].settings):
-        setattr(args, flag, 0)
+        setattr(args, flag, type(getattr(args, flag))(0))
     settings = {flag: value for flag, value in vars(args).items() if flag not in ("resume", "evaluate")}
     return settings | {"device": str(args.device)}
 

@@ -32,7 +32,8 @@ class Photographs(Dataset):
     """Under the key (epoch, index): uint8 (3, size, size) and the label.
 
     Raises:
-        ImageError: naming the file that cannot be read. With `skip_corrupt` it is grey instead, its label SKIPPED.
+        ImageError: naming the file that cannot be read. With `skip_corrupt` a grey image takes its place in the batch,
+            under the label SKIPPED.
     """
 
     def __init__(self, folder: Path, transform: v2.Transform, seed: int, skip_corrupt: bool) -> None:
@@ -51,7 +52,9 @@ class Photographs(Dataset):
                 image = file.convert("RGB")  # grey, palette and CMYK images too
         except (OSError, SyntaxError, ValueError) as error:
             if not self.skip_corrupt:
-                raise ImageError(f"{path} cannot be read ({error}); --skip_corrupt goes on without it") from None
+                raise ImageError(
+                    f"{path} cannot be read ({error}); --resume --skip_corrupt goes on without it"
+                ) from None
             image, label = Image.new("RGB", (224, 224), GREY), SKIPPED
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_for("photograph", self.seed, epoch, index))

@@ -37,7 +37,7 @@ TAGS = {
 }
 
 # Settings that may differ when a run goes on.
-PLACES = ("device", "data_root", "data", "workers", "output", "name")
+PLACES = ("device", "data_root", "data", "workers", "skip_corrupt", "output", "name")
 
 
 class Recorder:
@@ -91,12 +91,13 @@ class Recorder:
             "evaluated_on": self.evaluated_on,
             "train_images": rows[-1]["train_images"],
             "test_images": rows[-1]["test_images"],
-            "best_top1": best["test_top1"],
-            "best_top5": best["test_top5"],
+            "skipped": rows[-1]["skipped"],
+            "best_top1": round(best["test_top1"], 4),
+            "best_top5": round(best["test_top5"], 4),
             "best_epoch": best["epoch"],
-            "last_top1": rows[-1]["test_top1"],
-            "last_top5": rows[-1]["test_top5"],
-            "distorted": rows[-1]["distorted"],
+            "last_top1": round(rows[-1]["test_top1"], 4),
+            "last_top5": round(rows[-1]["test_top5"], 4),
+            "distorted": round(rows[-1]["distorted"], 6),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "device": device_name(self.device),
             "seconds": round(sum(row["seconds"] for row in rows), 1),
@@ -111,7 +112,7 @@ def surroundings(command: list[str], device: torch.device) -> dict[str, object]:
         "command": shlex.join(["python", *command]),
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
-        "precision": "float32",
+        "precision": "TF32 convolutions" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -157,10 +158,12 @@ def git_commit() -> str | None:
 
 
 def epoch_line(row: dict[str, float], epochs: int, evaluated_on: str) -> str:
+    skipped = f"  {row['skipped']} images could not be read" if row["skipped"] else ""
     return (
         f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  dist_prob {row['dist_prob']:.4f}  "
         f"distorted {row['distorted']:.4f}  train {row['train_loss']:.4f} {row['train_top1']:.2f} %  "
-        f"{evaluated_on} {row['test_loss']:.4f} {row['test_top1']:.2f} %  {row['images_per_second']:.0f} images/s"
+        f"{evaluated_on} {row['test_loss']:.4f} {row['test_top1']:.2f} %  "
+        f"{row['images_per_second']:.0f} images/s{skipped}"
     )
 
 
