@@ -4,7 +4,7 @@ The authors' recipe, for which they report 94.50 +- 0.15 % (best epoch) on CIFAR
 
     python train.py --dist_prob 0.09 --alpha 5.0 --block_size 6
 
-which is also what `python train.py` does: ResNet-56, 200 epochs, about 16 hours on 2 CPU cores (4.9 minutes an epoch on
+which is also what `python train.py` does: ResNet-56, 200 epochs, about 15 hours on 2 CPU cores (4.6 minutes an epoch on
 an AMD EPYC: results/published/one_epoch). The rows that it is compared to (93.95 and 94.18 %) are --method none and
 --method dropblock; element-wise distortion is --block_size 1. A first look in about a minute, without a download:
 bash scripts/quickstart.sh
