@@ -31,7 +31,7 @@ def stop_at(monkeypatch, function, call):
 def test_a_short_training_learns(run):
     folder = run("--epochs", "8", "--augment", "none")
     rows, summary = metrics(folder), read_json(folder / "summary.json")
-    assert summary["best_top1"] > 80
+    assert summary["best_top1"] > 60  # chance is 10; seeds give 75 to 90
     assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
 
 

@@ -24,20 +24,8 @@ def flags(photographs_folder, tmp_path):
     """A short training on the generated photographs, into tmp_path/NAME."""
 
     def short(name, *more):
-        small = [
-            "--image_size",
-            "32",
-            "--batch_size",
-            "8",
-            "--epochs",
-            "3",
-            "--lr",
-            "0.02",
-            "--workers",
-            "0",
-            "--device",
-            "cpu",
-        ]
+        small = ["--image_size", "32", "--batch_size", "8", "--epochs", "4", "--lr", "0.005"]
+        small += ["--workers", "0", "--device", "cpu"]
         return ["--data", str(photographs_folder), *small, "--output", str(tmp_path), "--name", name, *more]
 
     return short
@@ -63,7 +51,7 @@ def finished(process):
 def test_two_processes_learn_evaluate_each_image_once_and_resume_exactly(flags, photographs_folder, tmp_path):
     finished(torchrun(flags("whole")))
     rows, summary = metrics(tmp_path / "whole"), read_json(tmp_path / "whole/summary.json")
-    assert rows[-1]["train_loss"] < rows[0]["train_loss"] and rows[-1]["train_top1"] > 75
+    assert rows[-1]["train_loss"] < 0.7 * rows[0]["train_loss"]
     assert (summary["train_images"], summary["test_images"], summary["skipped"]) == (21, 11, 0)
     assert read_json(tmp_path / "whole/config.json")["processes"] == 2
 
@@ -98,7 +86,7 @@ def test_evaluate_is_the_same_in_one_process_and_in_two(flags, tmp_path, capsys)
 
 def test_accumulated_parts_make_the_same_steps(flags, tmp_path):
     train_imagenet.main(flags("parts", "--accumulate_steps", "2", "--epochs", "1"))
-    assert [row["lr"] for row in metrics(tmp_path / "parts")] == [0.02]
+    assert [row["lr"] for row in metrics(tmp_path / "parts")] == [0.005]
     assert torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)["step"] == 3
 
 
