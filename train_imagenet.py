@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
     if args.resume and not args.evaluate and (folder / "summary.json").exists():
         if rank == 0:
             print(f"{folder} is complete:\n{(folder / 'summary.json').read_text()}", end="")
+        leave()
         return
 
     # Data
@@ -79,6 +80,7 @@ def main(argv: list[str]) -> None:
         scores = evaluate(model, photographs.on_device(test_loader, device))
         if rank == 0:
             print(f"{args.evaluate}: top1 {scores['test_top1']:.2f} %, top5 {scores['test_top5']:.2f} % (test)")
+        leave()
         return
 
     # Optimizer and schedules

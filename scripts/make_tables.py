@@ -105,11 +105,13 @@ def main() -> None:
     ]
     for study in sorted({run.study for run in runs}):
         members = [run for run in runs if run.study == study]
-        if len(members[0].rows) > 1:
-            draw_study(folder / study / "accuracy.png", study, members)
+        sections.append(f"## {'Runs without a study' if study == '.' else study}")
         off_recipe = [run for run in members if all(differing(run, settings) for settings in on_recipe)]
         if off_recipe:
-            sections.append(study_table(study, off_recipe))
+            sections.append(study_table(off_recipe))
+        if any(len(run.rows) > 1 for run in members):
+            draw_study(folder / study / "accuracy.png", study, members)
+            sections.append(f"![accuracy over epochs]({study}/accuracy.png)")
     for title, rows in published.items():
         sections.append(paper_table(title, rows, runs))
     with replacing(folder / "README.md") as partial:
@@ -207,7 +209,7 @@ def not_run(columns: dict[str, str], rows: dict[str, tuple], published: dict[str
     return markdown(lines)
 
 
-def study_table(study: str, runs: list[Run]) -> str:
+def study_table(runs: list[Run]) -> str:
     """Runs off the published recipe, a row each setting, with what sets it apart from the recipe."""
     lines = [["", "differs from the recipe in", "best", "last", "difference to none", *CONDITIONS, "command"]]
     for group in grouped(runs):
@@ -216,8 +218,7 @@ def study_table(study: str, runs: list[Run]) -> str:
         cells = [label(group[0]), ", ".join(f"{name} {value}" for name, value in apart.items())]
         cells += [spread(group, Run.best, "test_top1"), spread(group, Run.last, "test_top1")]
         lines.append([*cells, difference(group, partners), *conditions(group), f"`{group[0].config['command']}`"])
-    picture = f"\n\n![{study}]({study}/accuracy.png)" if len(runs[0].rows) > 1 else ""
-    return f"## {study}\n\n{markdown(lines)}{picture}"
+    return markdown(lines)
 
 
 def apart_from_recipe(run: Run) -> dict[str, object]:

@@ -20,12 +20,12 @@ def publish(tmp_path):
         folder = tmp_path / study / f"{name}-s{seed}"
         folder.mkdir(parents=True)
         config = {
-            **settings,
-            "seed": seed,
             "command": "python train.py",
             "device": "cpu",
             "device_name": "a CPU",
             "threads": 2,
+            **settings,
+            "seed": seed,
         }
         (folder / "config.json").write_text(json.dumps(config))
         epochs = "".join(f"{epoch},{value},99,60\n" for epoch, value in enumerate(top1, 1))
@@ -60,7 +60,8 @@ def test_the_paper_table_has_mean_deviation_and_paired_difference(publish, page)
     assert "| 94.50 ± 0.15 | 94.00 ± 1.00 | 93.33 ± 1.53 | +2.00 (-0.48 to +4.48) | 3 | 2 |" in table
     assert "| DropBlock | 94.18 ± 0.14 | not run | not run |  | 0 |" in table
     assert "| DropBlock | 73.08 ± 0.23 | not run | `python train.py" in sections["Table 2, CIFAR-100 (ResNet-56)"]
-    assert "table2_cifar10" not in sections
+    assert "|" not in sections["table2_cifar10"]
+    assert "](table2_cifar10/accuracy.png)" in sections["table2_cifar10"]
 
 
 @pytest.mark.parametrize("change", [{"epochs": 10}, {"batch_size": 256}, {"alpha": 4.0}, {"holdout": 5000}])
@@ -88,8 +89,11 @@ def test_runs_without_a_study_count_and_no_run_at_all_is_said(publish, page):
 
 
 def test_the_number_of_processes_is_no_other_setting_but_is_shown(publish, page):
-    publish("eight", "disout", {**ROWS["disout"], "processes": 8}, 0, (90, 91))
-    assert "8 x a CPU" in page()["Table 2, CIFAR-10 (ResNet-56)"]
+    _, settings = make_tables.published_settings("table3_imagenet.sh")["disout"]
+    config = {**settings, "processes": 8, "command": "python train_imagenet.py"}
+    publish("eight", "disout", config, 0, (70, 71))
+    table = page()["Table 3, ImageNet (ResNet-50)"]
+    assert "71.00" in table and "8 x a CPU" in table
 
 
 def test_a_flag_that_is_younger_than_the_run_had_its_default(publish, page):

@@ -133,6 +133,8 @@ def test_evaluate_gives_the_recorded_accuracy(run, capsys, tmp_path):
         (("--batch_size", "0"), ("--batch_size", "'0'")),
         (("--warmup_epochs", "-1"), ("--warmup_epochs", "'-1'")),
         (("--seed", "-1"), ("--seed", "'-1'")),
+        (("--seed", str(2**64)), ("--seed", "at most")),
+        (("--batch_size", "1e3"), ("--batch_size", "whole", "'1e3'")),
         (("--train_size", "-1"), ("--train_size", "'-1'")),
         (("--train_size", "1000", "--holdout", "438"), ("--holdout", "1437")),
         (("--holdout", "1437"), ("--holdout", "1437")),

@@ -51,7 +51,7 @@ def number(
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and at_least <= value <= at_most and above < value < below):
+        if not (-math.inf < value < math.inf and at_least <= value <= at_most and above < value < below):
             raise argparse.ArgumentTypeError(f"{wanted}, not {text!r}")
         return value
 
@@ -99,7 +99,7 @@ def add_shared_flags(parser: Parser) -> None:
     add("--momentum", number(float, 0, below=1), "of SGD", 0.9)
     add("--weight_decay", number(float, 0), "of SGD, on all parameters")
     add("--warmup_epochs", number(int, 0), "epochs over which the learning rate grows linearly")
-    add("--seed", number(int, 0), "of everything that is drawn", 0)
+    add("--seed", number(int, 0, 2**63 - 1), "of everything that is drawn", 0)
     parser.add_argument("--device", type=usable_device, help="default: cuda where there is one, else cpu")
     parser.add_argument("--output", default="results", help="parent of the run's folder (default: results)")
     parser.add_argument("--name", type=folder_name, help="the run's folder (default: DATASET-resnetDEPTH-METHOD-sSEED)")
