@@ -9,10 +9,15 @@ Where the paper's formula went
 
     how the next layer's weight enters it      strength()    s_c = mean over k x k of (random signs * max over out of W)
     the distortion, relative to the features   distort()     d = alpha * s_c * std(x) * n, n standard normal
-    the elements that are distorted            block_mask()  blocks around seeds, drawn at seed_rate()
+    the elements that are distorted            draw_seeds()  at seed_rate(), and block_elements() around them
     the distorted map                          distort()     y = (keep * x + (1 - keep) * d) / mean(keep)
 
     alpha = 0 is DropBlock; block_size = 1 is the paper's element-wise "Feature Map Distortion".
+
+Where the time went
+    The whole map is touched for its deviation and for the division by mean(keep), and nowhere else: seeds are few, so
+    only they are drawn, and noise only for their blocks. No tensor's shape depends on what was drawn and nothing waits
+    for the device, so a network with these layers compiles to one graph.
 """
 
 import math
@@ -63,10 +68,11 @@ class Disout(nn.Module):
         self.block_size = block_size
         self.alpha = float(alpha)
         self.inside = inside
-        # Tensors, so that a compiled network does not recompile as the rate grows; not in the state dict, so that the
+        # A tensor, so that a compiled network does not recompile as the rate grows; not in the state dict, so that the
         # layer can be put into a trained network and taken out again.
         self.register_buffer("_dist_prob", torch.zeros(()), persistent=False)
         self.register_buffer("distorted", torch.zeros(()), persistent=False)
+        self._largest = 0.0  # rate set so far: bounds the number of seeds
         self.dist_prob = dist_prob
 
     @property
@@ -78,6 +84,7 @@ class Disout(nn.Module):
         if not isinstance(value, Real) or not 0 <= value <= 1:
             raise ValueError(f"dist_prob must be a number from 0 to 1, not {value!r}")
         self._dist_prob.fill_(value)
+        self._largest = max(self._largest, float(value))
 
     def forward(self, x: Tensor, next_weight: Tensor | None = None) -> Tensor:
         """Args:
@@ -92,28 +99,36 @@ class Disout(nn.Module):
         if not self.training or x.numel() == 0:
             return x
         maps = x if x.dim() == 4 else x[:, :, None, None]
-        n, c, height, width = maps.shape
+        if not maps.is_contiguous(memory_format=torch.channels_last):
+            maps = maps.contiguous()
+        n, channels, *size = maps.shape
 
-        rate, valid = seed_rate(self._dist_prob, (height, width), self.block_size)
-        seeds = torch.rand(n, c, *valid, device=x.device) < rate
-        keep = block_mask(seeds, (height, width), self.block_size, self.inside)
-        self.distorted.copy_(1 - keep.sum() / keep.numel())
+        # What is distorted
+        rate, valid = seed_rate(self._dist_prob, size, self.block_size)
+        places = n * channels * valid[0] * valid[1]
+        most = most_seeds(seed_rate(self._largest, size, self.block_size)[0], places)
+        seeds, any_seed = draw_seeds(rate, places, most)
+        elements, channel = block_elements(seeds, maps, self.block_size, self.inside)
+        keep = keep_mask(elements, any_seed, maps)
 
-        if next_weight is None:
-            s = NO_READER_STRENGTH
-        else:
-            signs = torch.randint(0, 2, (c, *next_weight.shape[2:]), device=x.device) * 2 - 1
-            s = strength(next_weight, signs)
-        # Drawn contiguous: for a channels_last map randn_like takes eight times as long on a CPU.
-        noise = torch.randn(maps.shape, device=x.device) if self.alpha else torch.zeros((), device=x.device)
-        return distort(maps, keep, noise, s, self.alpha).view_as(x)
+        # By what
+        s = NO_READER_STRENGTH
+        if next_weight is not None:
+            signs = torch.randint(0, 2, (channels, *next_weight.shape[2:]), device=x.device) * 2 - 1
+            s = strength(next_weight, signs).index_select(0, channel)[:, None]
+        noise = torch.randn(elements.shape, device=x.device) if self.alpha else torch.zeros((), device=x.device)
+        y, share = distort(maps, keep, elements, noise, s, self.alpha)
+        self.distorted.copy_(1 - share)
+        return y.view_as(x)
 
     def extra_repr(self) -> str:
         inside = ", inside=True" if self.inside else ""
         return f"dist_prob={self.dist_prob:g}, block_size={self.block_size}, alpha={self.alpha:g}{inside}"
 
 
-def seed_rate(dist_prob: Tensor, size: tuple[int, int], block_size: int) -> tuple[Tensor, tuple[int, int]]:
+def seed_rate(
+    dist_prob: Tensor | float, size: tuple[int, int], block_size: int
+) -> tuple[Tensor | float, tuple[int, int]]:
     """The probability of a seed, gamma = p * H * W / b^2 / ((H - b + 1)(W - b + 1)), and the size
     (H - b + 1, W - b + 1) of the region that seeds are drawn in, whose first row is row b // 2 of the map.
 
@@ -124,23 +139,61 @@ def seed_rate(dist_prob: Tensor, size: tuple[int, int], block_size: int) -> tupl
     return dist_prob * (height * width / (block_h * block_w * valid[0] * valid[1])), valid
 
 
-def block_mask(seeds: Tensor, size: tuple[int, int], block_size: int, inside: bool = False) -> Tensor:
-    """The elements to keep: those in no seed's block.
+def most_seeds(rate: float, places: int) -> int:
+    """A number of seeds that chance exceeds with a probability below 1e-12 (Bernstein's inequality)."""
+    mean, log_chance = rate * places, math.log(1e12)
+    above = log_chance / 3 + math.sqrt((log_chance / 3) ** 2 + 2 * log_chance * mean * (1 - rate))
+    return max(1, min(places, math.ceil(mean + above)))
+
+
+def draw_seeds(rate: Tensor, places: int, most: int) -> tuple[Tensor, Tensor]:
+    """Makes each of `places` a seed with probability `rate`, independently, in time that grows with the seeds alone:
+    the gaps between the hits of a Bernoulli process are geometric, log(uniform) / log(1 - rate) rounded down.
+
+    Returns: int64 (most,), the seeds in order, the first of them again in the slots that are left over; and whether
+    there is any (bool, 0-dim): if not, all slots are of one place that is no seed.
+    """
+    gaps = torch.rand(most, dtype=torch.float64, device=rate.device).log_().div_(torch.log1p(-rate.double()))
+    seeds = gaps.ceil_().clamp_(1, places + 1).cumsum(0, dtype=torch.int64).sub_(1)
+    first = seeds[0].clamp(max=places - 1)
+    return seeds.where(seeds < places, first), seeds[0] < places
+
+
+def block_elements(seeds: Tensor, x: Tensor, block_size: int, inside: bool = False) -> tuple[Tensor, Tensor]:
+    """The elements of each seed's block.
 
     Args:
-        seeds: bool (N, C, H - b + 1, W - b + 1), on the region of `seed_rate`.
-        size: (H, W) of the map.
+        seeds: int64 (S,), numbers of places in the regions (H - b + 1, W - b + 1) of all maps (N, C), in this order.
+        x: (N, C, H, W), contiguous or channels_last.
         block_size, inside: as in `Disout`.
 
-    Returns: bool (N, C, H, W), False where an element is distorted.
+    Returns: int64 (S, b * b), where the elements lie in the memory of x (a block that the map's edge cuts names some
+    twice), and int64 (S,), the channel that each block is in.
     """
-    block_h, block_w = _cut(block_size, size)
+    _, channels, *size = x.shape
+    (block_h, block_w), device = _cut(block_size, size), seeds.device
+    valid_h, valid_w = size[0] - block_h + 1, size[1] - block_w + 1
+    maps, rest = _divide(seeds, valid_h * valid_w)
+    n, channel = _divide(maps, channels)
+    row, column = _divide(rest, valid_w)
     # The authors shift an even side by one, but not in a block that covers the whole map.
-    inside = inside or (block_h, block_w) == tuple(size)
-    rows = _reach(size[0], block_h, inside, seeds.device)
-    columns = _reach(size[1], block_w, inside, seeds.device)
-    hits = torch.einsum("hi,ncix->nchx", rows, seeds.float() @ columns.T)
-    return hits < 0.5
+    shifted = not inside and [block_h, block_w] != size
+    rows = row[:, None] + torch.arange(block_h, device=device) + int(shifted and block_h % 2 == 0)
+    columns = column[:, None] + torch.arange(block_w, device=device) + int(shifted and block_w % 2 == 0)
+    rows, columns = rows.clamp(max=size[0] - 1) * x.stride(2), columns.clamp(max=size[1] - 1) * x.stride(3)
+    rows += (n * x.stride(0) + channel * x.stride(1))[:, None]
+    return (rows[:, :, None] + columns[:, None, :]).flatten(1), channel
+
+
+def keep_mask(elements: Tensor, any_seed: Tensor, x: Tensor) -> Tensor:
+    """uint8 (N, C, H, W) in the memory format of x: 0 for the elements in a seed's block, else 1.
+
+    `elements` is that of `block_elements`, `any_seed` that of `draw_seeds`. (A bool mask takes four times as long to
+    multiply with on a CPU.)
+    """
+    keep = torch.ones_like(x, dtype=torch.uint8)
+    _in_memory(keep).scatter_(0, elements.flatten(), (~any_seed).to(torch.uint8).expand(elements.numel()))
+    return keep
 
 
 def strength(next_weight: Tensor, signs: Tensor) -> Tensor:
@@ -164,37 +217,69 @@ def strength(next_weight: Tensor, signs: Tensor) -> Tensor:
     return 0.1 * s if largest.shape[1] == 1 else s
 
 
-def distort(x: Tensor, keep: Tensor, noise: Tensor, strength: Tensor | float, alpha: float) -> Tensor:
+def distort(
+    x: Tensor, keep: Tensor, elements: Tensor, noise: Tensor, strength: Tensor | float, alpha: float
+) -> tuple[Tensor, Tensor]:
     """y = (keep * x + (1 - keep) * d) / mean(keep), with d = alpha * strength * std(x) * noise.
 
     Args:
-        x: (N, C, H, W).
-        keep: bool, the shape of x.
-        noise: standard normal, the shape of x.
-        strength: (C,), or one number for all channels.
+        x: (N, C, H, W), contiguous or channels_last.
+        keep: uint8, the shape and memory format of x, from `keep_mask`.
+        elements: int64 (S, b * b), from `block_elements`: where keep is 0.
+        noise: standard normal, (S, b * b). Where blocks overlap, any of them gives the element its noise.
+        strength: (S, 1), or one number for all channels.
         alpha: intensity.
 
-    Returns: x's shape and dtype; the statistics are float32 at least. The mean is over the whole batch, and 1 in place
-    of 0 where nothing is kept. std(x), unbiased over the whole batch, takes no gradient, so the gradient is
-    keep / mean(keep), and only the mask and one number are kept for the backward pass.
+    Returns: y of x's shape and dtype, and mean(keep); the statistics are float32 at least. The mean is over the whole
+    batch, and y is divided by 1 where nothing is kept. std(x), unbiased over the whole batch, takes no gradient, so the
+    gradient is keep / mean(keep), and only the mask and one number are kept for the backward pass.
     Source: the authors' code.
     """
-    precision = torch.promote_types(x.dtype, torch.float32)
-    if isinstance(strength, Tensor):
-        strength = strength.view(-1, 1, 1)
-    std = x.detach().to(precision).std() if x.numel() > 1 else 0.0
-    d = (noise * (alpha * std * strength)).to(x.dtype)
-    share = keep.sum() / keep.numel()
-    keep = torch.empty_like(x, dtype=torch.bool).copy_(keep)  # in x's memory format, which y then has too
-    return torch.where(keep, x, d) / torch.where(share > 0, share, 1.0)
+    share = keep.sum(dtype=torch.int32) / keep.numel()
+    divisor = torch.where(share > 0, share, 1.0)
+    values = noise * (alpha * deviation(x.detach()) * strength / divisor)
+    return _Replaced.apply(x, keep, divisor, elements, values), share
+
+
+class _Replaced(torch.autograd.Function):
+    """x / divisor, with `values` in place of its `elements`, where keep is 0."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, keep: Tensor, divisor: Tensor, elements: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(keep, divisor)
+        y = x / divisor
+        flat, first = _in_memory(y), elements[0]
+        kept = flat[first]
+        flat.scatter_(0, elements.flatten(), values.to(y.dtype).expand(elements.shape).flatten())
+        # Without a seed, all `elements` are of one block, which is kept.
+        flat[first] = torch.where(_in_memory(keep)[first] > 0, kept, flat[first])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        keep, divisor = ctx.saved_tensors
+        return keep.to(grad.dtype).mul_(grad).div_(divisor), None, None, None, None
+
+
+def deviation(x: Tensor) -> Tensor | float:
+    """std(x), in float32 at least. On a CPU this takes a quarter of the time of std()."""
+    if x.numel() == 1:
+        return 0.0
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(x - x.mean(), dim=(1, 2, 3))  # one a sample: few terms, for precision
+    return torch.linalg.vector_norm(norms) / math.sqrt(x.numel() - 1)
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """The elements of a contiguous or channels_last map in the order of memory, as a view."""
+    return (x if x.is_contiguous() else x.permute(0, 2, 3, 1)).view(-1)
+
+
+def _divide(numbers: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """Quotient and remainder."""
+    quotient = numbers // divisor
+    return quotient, numbers - quotient * divisor
 
 
 def _cut(block_size: int, size: tuple[int, int]) -> tuple[int, int]:
     return min(block_size, size[0]), min(block_size, size[1])
-
-
-def _reach(side: int, block: int, inside: bool, device: torch.device) -> Tensor:
-    """float (side, side - block + 1): 1 where the block of a seed covers a row of the map."""
-    shift = int(block % 2 == 0 and not inside)
-    distance = torch.arange(side, device=device)[:, None] - torch.arange(side - block + 1, device=device) - shift
-    return ((distance >= 0) & (distance < block)).float()

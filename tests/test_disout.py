@@ -5,19 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import binom
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import disout
-from disout import Disout, block_mask, distort, seed_rate, strength
+from disout import Disout, block_elements, distort, draw_seeds, keep_mask, most_seeds, seed_rate, strength
+
+
+def keep_of(seeds, x, block_size, inside=False):
+    """The mask, and the elements, of seeds with these numbers."""
+    elements, _ = block_elements(seeds, x, block_size, inside)
+    return keep_mask(elements, torch.tensor(True), x), elements
 
 
 def mask_of(seeds, size, block_size, inside=False):
     """'#' where an element is distorted, a string a row, for a map with seeds at these places of the valid region."""
-    valid = seed_rate(torch.tensor(0.0), size, block_size)[1]
-    region = torch.zeros(1, 1, *valid, dtype=torch.bool)
-    for row, column in seeds:
-        region[0, 0, row, column] = True
-    keep = block_mask(region, size, block_size, inside)[0, 0]
+    columns = seed_rate(0.0, size, block_size)[1][1]
+    numbers = torch.tensor([row * columns + column for row, column in seeds])
+    keep = keep_of(numbers, torch.zeros(1, 1, *size), block_size, inside)[0][0, 0]
     return ["".join(".#"[not kept] for kept in row) for row in keep.tolist()]
 
 
@@ -99,6 +105,48 @@ def test_features_are_distorted_one_by_one_whatever_the_block():
     y = in_training(torch.ones(1000, 20), layer, torch.ones(5, 20))
     assert y.shape == (1000, 20)
     assert (y == 0).float().mean().item() == pytest.approx(0.2, abs=5 * math.sqrt(0.16 / 20_000))
+
+
+# Seeds
+
+
+def test_seeds_are_independent_draws_at_the_rate():
+    rate, places, draws = 0.05, 400, 4000
+    counts, hits, neighbours = [], torch.zeros(places), torch.zeros(places - 1)
+    torch.manual_seed(0)
+    for _ in range(draws):
+        seeds, any_seed = draw_seeds(torch.tensor(rate), places, most_seeds(rate, places))
+        hit = torch.zeros(places).index_fill(0, seeds, float(any_seed))
+        counts.append(hit.sum())
+        hits += hit
+        neighbours += hit[1:] * hit[:-1]
+    counts = torch.stack(counts)
+    spread = math.sqrt(rate * (1 - rate))
+    assert counts.mean().item() == pytest.approx(rate * places, abs=5 * spread * math.sqrt(places / draws))
+    assert counts.var().item() == pytest.approx(places * spread**2, rel=5 * math.sqrt(2 / draws))
+    assert ((hits / draws - rate).abs() < 5 * spread / math.sqrt(draws)).all()
+    assert neighbours.mean().item() / draws == pytest.approx(rate**2, rel=0.05)
+
+
+def test_rate_zero_has_no_seed_and_rate_one_every_place():
+    seeds, any_seed = draw_seeds(torch.tensor(0.0), 10, 4)
+    assert not any_seed and seeds.min() >= 0 and seeds.max() < 10
+    seeds, any_seed = draw_seeds(torch.tensor(1.0), 10, most_seeds(1.0, 10))
+    assert any_seed and seeds.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(("rate", "places"), [(0.0, 50), (1e-6, 1000), (0.01, 300), (0.2, 1000), (0.9, 2000), (1.0, 7)])
+def test_more_seeds_than_there_is_room_for_are_all_but_impossible(rate, places):
+    most = most_seeds(rate, places)
+    assert 1 <= most <= places
+    assert binom.sf(most, places, rate) < 1e-12
+
+
+def test_the_room_for_seeds_follows_the_largest_rate_set(x):
+    layer = Disout(0.01, block_size=1, alpha=0.0)
+    layer.dist_prob = 0.9
+    y = in_training(torch.ones(100, 10, 8, 8), layer)
+    assert (y == 0).float().mean().item() == pytest.approx(0.9, abs=0.01)
 
 
 # Strength and distortion
@@ -230,11 +278,14 @@ def test_dtype_is_kept_and_statistics_are_float32(x, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_only_the_result_is_rounded_to_half_precision(x, dtype):
     generator = torch.Generator().manual_seed(2)
-    low, noise = (100 * x).to(dtype), torch.randn(x.shape, generator=generator)
-    keep = torch.rand(x.shape, generator=generator) < 0.7
-    d = noise * (5.0 * 0.01 * low.float().std())
-    expected = torch.where(keep, low, d.to(dtype)) / keep.float().mean()
-    assert torch.equal(distort(low, keep, noise, 0.01, 5.0), expected)
+    low = (100 * x).to(dtype)
+    seeds = (torch.rand(low.shape, generator=generator) < 0.3).flatten().nonzero().flatten()
+    keep, elements = keep_of(seeds, low, 1)
+    noise = torch.randn(elements.shape, generator=generator)
+    y, share = distort(low, keep, elements, noise, 0.01, 5.0)
+    d = noise[:, 0] * (5.0 * 0.01 * low.float().std() / share)
+    torch.testing.assert_close(y.flatten()[seeds], d.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+    assert torch.equal(y * keep, low / share * keep)
 
 
 def test_autocast(x):
@@ -253,6 +304,26 @@ def test_channels_last_gives_the_same_and_keeps_its_layout(x):
     last = in_training(x.to(memory_format=torch.channels_last), Disout(0.3), weight)
     assert last.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(last, y)
+
+
+# Compilation
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_to_one_graph_a_shape_while_the_rate_moves(x, backend):
+    """And computes what it computes without, with the same draws."""
+    weight = torch.randn(6, 8, 3, 3)
+    graphs = CompileCounterWithBackend(backend)
+    layer, reference = Disout(0.3, 3, 5.0), Disout(0.3, 3, 5.0)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend=graphs)
+    for step, batch in enumerate([x, x, x, x[:5]] * 3):
+        layer.dist_prob = reference.dist_prob = 0.3 * step / 11
+        ours, theirs = batch.clone().requires_grad_(), batch.clone().requires_grad_()
+        in_training(ours, compiled, weight).square().sum().backward()
+        in_training(theirs, reference, weight).square().sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        torch.testing.assert_close(layer.distorted, reference.distorted)
+    assert graphs.frame_count == 2
 
 
 # State
@@ -303,6 +374,7 @@ def test_the_file_can_be_copied_alone():
 
 
 def test_distort_leaves_its_arguments_alone(x):
-    before, keep = x.clone(), torch.rand_like(x) < 0.5
-    distort(x, keep, torch.randn_like(x), 0.01, 5.0)
+    before = x.clone()
+    keep, elements = keep_of(torch.tensor([3, 50]), x, 3)
+    distort(x, keep, elements, torch.randn(elements.shape), 0.01, 5.0)
     assert torch.equal(x, before)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from disout import NO_READER_STRENGTH, block_mask, distort, seed_rate, strength
+from disout import NO_READER_STRENGTH, block_elements, distort, keep_mask, seed_rate, strength
 
 FIGURES = np.load(Path(__file__).parent / "disout_reference.npz")
 CASES = sorted({name.split("/")[0] for name in FIGURES.files})
@@ -19,11 +19,15 @@ def authors_case(name):
     block_size, size = int(block_size), tuple(theirs["x"].shape[2:])
     rate, (rows, columns) = seed_rate(torch.tensor(p), size, block_size)
     first = block_size // 2
-    seeds = theirs["uniform"][:, :, first : first + rows, first : first + columns] < rate
-    keep = block_mask(seeds, size, block_size)
-    s = strength(theirs["next_weight"], (theirs["sign_uniform"][0] >= 0.5) * 2 - 1) if k else NO_READER_STRENGTH
+    uniform = theirs["uniform"][:, :, first : first + rows, first : first + columns]
+    seeds = (uniform < rate).flatten().nonzero().flatten()
     x = theirs["x"].clone().requires_grad_()
-    y = distort(x, keep, theirs["noise"], s, alpha)
+    elements, channel = block_elements(seeds, x, block_size)
+    keep = keep_mask(elements, torch.tensor(True), x)
+    s = NO_READER_STRENGTH
+    if k:
+        s = strength(theirs["next_weight"], (theirs["sign_uniform"][0] >= 0.5) * 2 - 1)[channel, None]
+    y = distort(x, keep, elements, theirs["noise"].flatten()[elements], s, alpha)[0]
     y.backward(theirs["grad_out"])
     return theirs, keep, y.detach(), x.grad
 
