@@ -44,7 +44,7 @@ class ResNet(nn.Module):
         readers = [block.conv1.weight for block in blocks[1:]] + [None]  # no convolution reads the last block's output
         for block, next_weight in zip(blocks, readers, strict=True):
             x = block(x, next_weight)
-        x = F.relu(self.bn(x))
+        x = F.relu(self.bn(x), inplace=True)
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
@@ -66,13 +66,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, next_weight: Tensor | None) -> Tensor:
         shortcut = self.downsample(x) if self.downsample else x
-        x = self.conv1(F.relu(self.bn1(x)))
+        x = self.conv1(F.relu(self.bn1(x), inplace=True))
         if self.inner:
             x = self.inner(x, self.conv2.weight)
-        x = self.conv2(F.relu(self.bn2(x)))
+        x = self.conv2(F.relu(self.bn2(x), inplace=True))
         if self.branch:
             x = self.branch(x, next_weight)
-        return x + shortcut
+        return x.add_(shortcut)
 
 
 def make_group(
