@@ -72,19 +72,20 @@ class Disout(nn.Module):
         # layer can be put into a trained network and taken out again.
         self.register_buffer("_dist_prob", torch.zeros(()), persistent=False)
         self.register_buffer("distorted", torch.zeros(()), persistent=False)
-        self._largest = 0.0  # rate set so far: bounds the number of seeds
+        self._largest_prob = 0.0  # set so far: bounds the number of seeds
         self.dist_prob = dist_prob
 
     @property
     def dist_prob(self) -> float:
-        return self._dist_prob.item()
+        return self._prob
 
     @dist_prob.setter
     def dist_prob(self, value: float) -> None:
         if not isinstance(value, Real) or not 0 <= value <= 1:
             raise ValueError(f"dist_prob must be a number from 0 to 1, not {value!r}")
-        self._dist_prob.fill_(value)
-        self._largest = max(self._largest, float(value))
+        self._prob = float(value)
+        self._dist_prob.fill_(self._prob)
+        self._largest_prob = max(self._largest_prob, self._prob)
 
     def forward(self, x: Tensor, next_weight: Tensor | None = None) -> Tensor:
         """Args:
@@ -106,7 +107,7 @@ class Disout(nn.Module):
         # What is distorted
         rate, valid = seed_rate(self._dist_prob, size, self.block_size)
         places = n * channels * valid[0] * valid[1]
-        most = most_seeds(seed_rate(self._largest, size, self.block_size)[0], places)
+        most = most_seeds(seed_rate(self._largest_prob, size, self.block_size)[0], places)
         seeds, any_seed = draw_seeds(rate, places, most)
         elements, channel = block_elements(seeds, maps, self.block_size, self.inside)
         keep = keep_mask(elements, any_seed, maps)
@@ -119,7 +120,7 @@ class Disout(nn.Module):
         noise = torch.randn(elements.shape, device=x.device) if self.alpha else torch.zeros((), device=x.device)
         y, share = distort(maps, keep, elements, noise, s, self.alpha)
         self.distorted.copy_(1 - share)
-        return y.view_as(x)
+        return y if x.dim() == 4 else y.flatten(1)
 
     def extra_repr(self) -> str:
         inside = ", inside=True" if self.inside else ""

@@ -306,6 +306,14 @@ def test_channels_last_gives_the_same_and_keeps_its_layout(x):
     torch.testing.assert_close(last, y)
 
 
+def test_the_result_can_be_changed_in_place(x):
+    weight = torch.randn(6, 8, 3, 3)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    in_training(ours, Disout(0.3), weight).add_(ours).relu_().square().sum().backward()
+    (in_training(theirs, Disout(0.3), weight) + theirs).relu().square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 # Compilation
 
 
