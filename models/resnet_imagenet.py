@@ -43,7 +43,7 @@ class ResNet50(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         blocks = [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
         readers = [block.conv1.weight for block in blocks[1:]] + [None]  # no convolution reads the last block's output
         for block, next_weight in zip(blocks, readers, strict=True):
@@ -77,10 +77,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, next_weight: Tensor | None) -> Tensor:
         shortcut = self.downsample(x) if self.downsample else x
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         if self.inner1:
             x = self.inner1(x, self.conv2.weight)
-        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
         if self.inner2:
             x = self.inner2(x, self.conv3.weight)
         x = self.bn3(self.conv3(x))
@@ -88,4 +88,4 @@ class Bottleneck(nn.Module):
             x = self.branch(x, next_weight)
         if self.shortcut:
             shortcut = self.shortcut(shortcut, next_weight)
-        return F.relu(x + shortcut)
+        return F.relu(x.add_(shortcut), inplace=True)
