@@ -27,6 +27,7 @@ from utils.engine import evaluate, train_epoch
 from utils.flags import Parser, add_shared_flags, check_folder, number, resnet_depth, run_script, run_settings
 from utils.record import Recorder
 from utils.schedules import CIFAR_DECAY, dist_prob_at, lr_at, step_sizes
+from utils.speed import set_up
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
@@ -53,6 +54,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
 def main(argv: list[str]) -> None:
     args, settings = parse_arguments(argv)
     folder = check_folder(args, settings)
+    set_up(args.threads)
     if args.resume and not args.evaluate and (folder / "summary.json").exists():
         print(f"{folder} is complete:\n{(folder / 'summary.json').read_text()}", end="")
         return
@@ -73,12 +75,14 @@ def main(argv: list[str]) -> None:
     model.to(args.device, memory_format=torch.channels_last)
     if args.evaluate:
         load_weights(Path(args.evaluate), model)
-        scores = evaluate(model, data.test_batches(test, mean, std))
+        scores = evaluate(model, data.test_batches(test, mean, std), args.amp)
         print(f"{args.evaluate}: top1 {scores['test_top1']:.2f} %, top5 {scores['test_top5']:.2f} % ({evaluated_on})")
         return
 
     # Optimizer and schedules
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
+    )
     sizes = step_sizes(len(train.labels), args.batch_size)
     total_steps = args.epochs * len(sizes)
     lr_at_step = partial(
@@ -90,6 +94,10 @@ def main(argv: list[str]) -> None:
         decay=CIFAR_DECAY,
     )
     layers = [(layer, layer.dist_prob) for layer in regularizer_layers(model)]
+
+    if args.compile:  # into CUDA graphs on a GPU, as launching so many small kernels takes longer than running them
+        mode = "reduce-overhead" if args.device.type == "cuda" else "default"
+        model.compile(fullgraph=True, dynamic=False, mode=mode)
 
     # Loop
     step, rows = load_checkpoint(folder / "checkpoint.pt", model, optimizer)
@@ -109,9 +117,10 @@ def main(argv: list[str]) -> None:
             total_steps=total_steps,
             seed=args.seed,
             label_smoothing=args.label_smoothing,
+            amp=args.amp,
         )
         trained = time.perf_counter()
-        scores |= evaluate(model, data.test_batches(test, mean, std))
+        scores |= evaluate(model, data.test_batches(test, mean, std), args.amp)
         step += len(sizes)
         row = {
             "epoch": epoch + 1,

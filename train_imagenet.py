@@ -29,6 +29,7 @@ from utils.flags import Parser, add_shared_flags, check_folder, number, run_scri
 from utils.processes import join, leave, processes, share_buffers
 from utils.record import Recorder
 from utils.schedules import IMAGENET_DECAY, dist_prob_at, lr_at, step_sizes
+from utils.speed import set_up
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> None:
     folder = check_folder(args, settings)
     device = join(args.device)
     rank, world = processes()
+    set_up(args.threads)
     if args.resume and not args.evaluate and (folder / "summary.json").exists():
         if rank == 0:
             print(f"{folder} is complete:\n{(folder / 'summary.json').read_text()}", end="")
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> None:
     model.to(device, memory_format=torch.channels_last)
     if args.evaluate:
         load_weights(Path(args.evaluate), model)
-        scores = evaluate(model, photographs.on_device(test_loader, device))
+        scores = evaluate(model, photographs.on_device(test_loader, device), args.amp)
         if rank == 0:
             print(f"{args.evaluate}: top1 {scores['test_top1']:.2f} %, top5 {scores['test_top5']:.2f} % (test)")
         leave()
@@ -90,6 +92,7 @@ def main(argv: list[str]) -> None:
         momentum=args.momentum,
         weight_decay=args.weight_decay,
         nesterov=args.momentum > 0,
+        fused=True,
     )
     total_steps = args.epochs * len(sizes)
     lr_at_step = partial(
@@ -102,6 +105,8 @@ def main(argv: list[str]) -> None:
     )
     layers = [(layer, layer.dist_prob) for layer in regularizer_layers(model)]
     step, rows = load_checkpoint(folder / "checkpoint.pt", model, optimizer)
+    if args.compile:
+        model.compile(fullgraph=True, dynamic=False)
     trained_model = DistributedDataParallel(model) if world > 1 else model
 
     # Loop; the first process writes
@@ -123,10 +128,11 @@ def main(argv: list[str]) -> None:
             seed=args.seed,
             accumulate_steps=args.accumulate_steps,
             label_smoothing=args.label_smoothing,
+            amp=args.amp,
         )
         trained = time.perf_counter()
         share_buffers(model)
-        scores |= evaluate(model, photographs.on_device(test_loader, device))
+        scores |= evaluate(model, photographs.on_device(test_loader, device), args.amp)
         step += len(sizes)
         row = {
             "epoch": epoch + 1,

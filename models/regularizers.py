@@ -42,23 +42,27 @@ class Dropped(nn.Module):
 
 class Method(NamedTuple):
     settings: tuple[str, ...]  # the flags it reads; a run records 0 for those that it does not
+    compiles: bool  # once, not anew whenever the rate has grown
     layer: Callable[..., nn.Module | None]  # of place, rate, block_size, alpha, inside
 
 
 METHODS = {
-    "none": Method((), lambda *_: None),
-    "dropout": Method(("dist_prob",), lambda place, rate, *_: Dropped(nn.Dropout(rate), 4)),
-    "spatial_dropout": Method(("dist_prob",), lambda place, rate, *_: Dropped(nn.Dropout2d(rate), 2)),
+    "none": Method((), True, lambda *_: None),
+    "dropout": Method(("dist_prob",), False, lambda place, rate, *_: Dropped(nn.Dropout(rate), 4)),
+    "spatial_dropout": Method(("dist_prob",), False, lambda place, rate, *_: Dropped(nn.Dropout2d(rate), 2)),
     "drop_path": Method(
         ("dist_prob",),
+        False,
         lambda place, rate, *_: Dropped(StochasticDepth(rate, "row"), 1) if place == "branch" else None,
     ),
     "dropblock": Method(
         ("dist_prob", "block_size", "inside"),
+        True,
         lambda place, rate, block_size, alpha, inside: Disout(rate, block_size, 0.0, inside),
     ),
     "disout": Method(
         ("dist_prob", "block_size", "alpha", "inside"),
+        True,
         lambda place, rate, block_size, alpha, inside: Disout(rate, block_size, alpha, inside),
     ),
 }

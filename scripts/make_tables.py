@@ -29,7 +29,7 @@ import train_imagenet  # noqa: E402
 from utils.files import replacing  # noqa: E402
 from utils.record import PLACES  # noqa: E402
 
-SAME = {"seed", "processes", *PLACES}  # what may differ between runs of one setting
+SAME = {"seed", "processes", "amp", "compile", *PLACES}  # what may differ between runs of one setting
 CONDITIONS = ("runs", "epochs", "minutes a run", "precision", "device")
 METHOD = {"method", "dist_prob", "alpha", "block_size", "inside", "label_smoothing", "augment"}
 

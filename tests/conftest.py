@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from utils.flags import run_script
@@ -35,6 +36,15 @@ def refused(run, capsys):
         return message
 
     return run_refused
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts the graphs that torch.compile makes, and runs them as they are, without a compiler."""
+    torch._dynamo.reset()
+    counter, compile_for_real = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_for_real(*args, backend=counter, **kwargs))
+    return counter
 
 
 @pytest.fixture(scope="session")

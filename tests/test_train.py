@@ -95,11 +95,49 @@ def test_resume_starts_afresh_where_there_is_nothing_and_passes_over_what_is_com
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("method", ["none", "dropblock", "disout"])
+def test_compiled_training_has_two_graphs_and_gives_the_same(run, graphs, method):
+    """One graph for the batches of 128 images, one for the last of 72, and one for the evaluation of 360."""
+    compiled = run(*SHORT, "--method", method, "--compile", name="compiled")
+    assert graphs.frame_count == 3
+    assert read_json(compiled / "config.json")["compile"] is True
+    eager = run(*SHORT, "--method", method, name="eager")
+    for ours, theirs in zip(metrics(compiled), metrics(eager), strict=True):
+        assert without_times([ours])[0] == pytest.approx(without_times([theirs])[0], rel=1e-3)
+
+
+def test_amp_learns_in_bfloat16_and_keeps_float32(run, capsys):
+    folder = run("--epochs", "8", "--augment", "none", "--amp")
+    assert read_json(folder / "summary.json")["best_top1"] > 60  # chance is 10
+    assert read_json(folder / "config.json")["precision"] == "bfloat16 autocast"
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    momenta = [state["momentum_buffer"] for state in state["optimizer"]["state"].values()]
+    tensors = [tensor for tensor in [*state["model"].values(), *momenta] if tensor.is_floating_point()]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    losses = [
+        metrics(run(*SHORT, *precision, name=f"short{len(precision)}"))[-1]["train_loss"]
+        for precision in ((), ("--amp",))
+    ]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_threads_are_those_asked_for(run):
+    before = torch.get_num_threads()
+    try:
+        folder = run(*SHORT, "--threads", "1")
+        assert torch.get_num_threads() == read_json(folder / "config.json")["threads"] == 1
+        run(*SHORT, "--threads", "2", "--resume")
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_existing_run_is_not_overwritten(run, refused):
     folder = run(*SHORT)
     before = (folder / "metrics.csv").read_bytes()
     assert "--resume" in refused(*SHORT)
-    message = refused(*SHORT, "--resume", "--lr", "0.2", "--method", "dropblock")
+    message = refused(*SHORT, "--resume", "--lr", "0.2", "--method", "dropblock", "--amp")
+    assert "amp: False -> True" in message
     assert all(word in message for word in ("lr: 0.1 -> 0.2", "method: disout -> dropblock", "alpha: 5.0 -> 0.0"))
     assert (folder / "metrics.csv").read_bytes() == before
 
@@ -146,6 +184,8 @@ def test_evaluate_gives_the_recorded_accuracy(run, capsys, tmp_path):
         (("--epoch", "3"), ("--epoch",)),
         (("--droprate", "3"), ("--droprate",)),
         (("--evaluate", "nowhere.pt"), ("--evaluate", "nowhere.pt")),
+        (("--threads", "0"), ("--threads", "at least 1")),
+        (("--method", "dropout", "--compile"), ("--compile", "dropout")),
     ],
 )
 def test_wrong_flags_are_one_line_before_any_data_is_read(refused, monkeypatch, tmp_path, flags, words):

@@ -177,7 +177,8 @@ def train_batches(
     """
     device = train.pixels.device
     order, how = draw_epoch(len(train.labels), seed, epoch)
-    order, how = order.to(device), Augmentation(*(field.to(device) for field in how))
+    order, *how = (drawn.to(device, non_blocking=True) for drawn in (order, *how))
+    how = Augmentation(*how)
     for start in range(0, len(order), batch_size):
         part = slice(start, start + batch_size)
         pixels, labels = train.take(order[part])

@@ -27,6 +27,7 @@ def train_epoch(
     seed: int,
     accumulate_steps: int = 1,
     label_smoothing: float = 0.0,
+    amp: bool = False,
 ) -> dict[str, float]:
     """One pass over `batches`, an optimizer step each, or one in `accumulate_steps` of them.
 
@@ -36,6 +37,7 @@ def train_epoch(
         lr_at_step: learning rate of a step.
         layers: the regularizer's layers, each with the rate that it grows to.
         first_step: steps before this epoch, out of `total_steps` in the whole run.
+        amp: the network computes in bfloat16 where autocast says so; loss, weights and optimizer are float32.
         seed: with the step and the process's rank, it seeds the layers' draws, so that any step can be replayed.
 
     Returns: train_loss (cross-entropy without label smoothing), train_top1 (%), train_images that counted and
@@ -55,8 +57,9 @@ def train_epoch(
 
         optimizer.zero_grad()
         for images, labels in islice(batches, accumulate_steps):
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
             (loss * (world / size)).backward()  # processes average their gradients
             totals = totals + batch_sums(logits.detach(), labels, ks=(1,))
         optimizer.step()
@@ -74,12 +77,14 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Batches, amp: bool = False) -> dict[str, float]:
     """test_loss, test_top1, test_top5 (%), test_images and test_skipped over all processes' `batches`."""
     model.eval()
     totals = torch.zeros(5, device=next(model.parameters()).device)
     for images, labels in batches:
-        totals += batch_sums(model(images), labels, ks=(1, 5))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            logits = model(images)
+        totals += batch_sums(logits, labels, ks=(1, 5))
     loss_sum, top1, top5, count, skipped = summed(totals).tolist()
     return {
         "test_loss": loss_sum / count,

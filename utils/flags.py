@@ -101,6 +101,9 @@ def add_shared_flags(parser: Parser) -> None:
     add("--warmup_epochs", number(int, 0), "epochs over which the learning rate grows linearly")
     add("--seed", number(int, 0, 2**63 - 1), "of everything that is drawn", 0)
     parser.add_argument("--device", type=usable_device, help="default: cuda where there is one, else cpu")
+    add("--threads", number(int, 1), "of operations on the CPU; for several runs side by side")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast; weights, loss, optimizer stay float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--output", default="results", help="parent of the run's folder (default: results)")
     parser.add_argument("--name", type=folder_name, help="the run's folder (default: DATASET-resnetDEPTH-METHOD-sSEED)")
     parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch, or start")
@@ -114,6 +117,8 @@ def run_settings(args: argparse.Namespace) -> dict[str, object]:
     args.name = args.name or f"{args.dataset}-resnet{args.depth}-{args.method}-s{args.seed}"
     for flag in {"dist_prob", "block_size", "alpha", "inside"} - set(METHODS[args.method].settings):
         setattr(args, flag, type(getattr(args, flag))(0))
+    if args.compile and not METHODS[args.method].compiles:
+        raise UsageError(f"argument --compile: {args.method} would be compiled anew in every step, as its rate grows")
     settings = {flag: value for flag, value in vars(args).items() if flag not in ("resume", "evaluate")}
     return settings | {"device": str(args.device)}
 

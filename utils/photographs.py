@@ -143,7 +143,7 @@ def make_loader(photographs: Photographs, keys: EpochSampler | list, workers: in
 
 def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches, normalised there: float32 (B, 3, H, W) in channels_last memory format, int64 (B,)."""
-    mean, std = (255 * torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+    mean, std = (255 * torch.tensor(values)[:, None, None].to(device, non_blocking=True) for values in (MEAN, STD))
     for images, labels in loader:
         images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         yield (images.float() - mean) / std, labels.to(device, non_blocking=True)

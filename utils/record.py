@@ -37,7 +37,7 @@ TAGS = {
 }
 
 # Settings that may differ when a run goes on.
-PLACES = ("device", "data_root", "data", "workers", "skip_corrupt", "output", "name")
+PLACES = ("device", "threads", "data_root", "data", "workers", "skip_corrupt", "output", "name")
 
 
 class Recorder:
@@ -66,7 +66,7 @@ class Recorder:
         if rows:
             print(f"{folder}: going on after epoch {len(rows)}")
         if not (folder / "config.json").exists():
-            write_json(folder / "config.json", settings | surroundings(command, device))
+            write_json(folder / "config.json", settings | surroundings(command, device, settings["amp"]))
         write_metrics(folder, rows)
         self.events = start_events(folder, rows)
 
@@ -106,13 +106,14 @@ class Recorder:
         print(f"{self.folder}:\n{json.dumps(summary, indent=1)}")
 
 
-def surroundings(command: list[str], device: torch.device) -> dict[str, object]:
+def surroundings(command: list[str], device: torch.device, amp: bool) -> dict[str, object]:
     """What a run depends on beside its settings."""
+    float32 = "TF32 convolutions" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
     return {
         "command": shlex.join(["python", *command]),
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
-        "precision": "TF32 convolutions" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32",
+        "precision": "bfloat16 autocast" if amp else float32,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

@@ -1,0 +1,51 @@
+"""What only a CUDA device can show; skipped where there is none."""
+
+import pytest
+import torch
+
+from models.regularizers import METHODS, make_regularizer, regularizer_layers
+from models.resnet_cifar import ResNet
+from utils import data, engine
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_waits_for_the_device_within_an_epoch(monkeypatch, method, amp):
+    train, _ = data.load("digits", "")
+    mean, std = (statistic.cuda() for statistic in data.channel_statistics("digits", train))
+    train = data.Images(*train).take(slice(200)).to("cuda")
+    model = ResNet(8, 10, make_regularizer(method, 0.1, 6, 5.0, False)).to("cuda", memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    layers = [(layer, layer.dist_prob) for layer in regularizer_layers(model)]
+
+    def summed(totals):  # called after the last step
+        torch.cuda.set_sync_debug_mode("default")
+        return totals
+
+    monkeypatch.setattr(engine, "summed", summed)
+
+    def train_epoch(epoch):
+        batches = data.train_batches(train, mean, std, 128, "standard", 0, epoch)
+        steps = {"first_step": 2 * epoch, "total_steps": 4, "seed": 0, "layers": layers, "amp": amp}
+        return engine.train_epoch(model, batches, [128, 72], optimizer, lr_at_step=lambda _: 0.1, **steps)
+
+    train_epoch(0)  # libraries may wait when they are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert train_epoch(1)["train_images"] == 200
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_disout_gives_on_the_device_what_it_gives_on_the_cpu():
+    """The same draws cannot be had, but rates and sizes can."""
+    from disout import Disout
+
+    x = torch.randn(512, 64, 8, 8, device="cuda").to(memory_format=torch.channels_last)
+    layer = Disout(0.09, 6, 5.0).cuda()
+    y = layer(x, torch.randn(64, 64, 3, 3, device="cuda"))
+    assert layer.distorted.item() == pytest.approx(0.0761, abs=0.003)
+    kept = (y * (1 - layer.distorted) - x).abs() < 1e-4
+    assert 1 - kept.float().mean().item() == pytest.approx(0.0761, abs=0.003)
