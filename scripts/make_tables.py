@@ -173,14 +173,19 @@ def label(run: Run) -> str:
     parts += [f"alpha {of['alpha']:g}"] if of["alpha"] else []
     parts += [f"augment {of['augment']}"] if of["augment"] != "standard" else []
     parts += [f"label smoothing {of['label_smoothing']:g}"] if of["label_smoothing"] else []
+    parts += ["bfloat16"] if in_bfloat16(run) else []
     return ", ".join(parts)
 
 
+def in_bfloat16(run: Run) -> bool:
+    return bool(run.config.get("amp"))
+
+
 def grouped(runs: list[Run]) -> list[list[Run]]:
-    """The runs of each setting, by seed; those without regularizer first."""
+    """The runs of each setting and precision, by seed; those without regularizer first."""
     found: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.config["method"] != "none", label(run), run.config["seed"])):
-        found.setdefault(json.dumps(settings_in(run), sort_keys=True), []).append(run)
+        found.setdefault(label(run) + json.dumps(settings_in(run), sort_keys=True), []).append(run)
     return list(found.values())
 
 
@@ -215,6 +220,7 @@ def study_table(runs: list[Run]) -> str:
     for group in grouped(runs):
         apart = apart_from_recipe(group[0])
         partners = [run for run in runs if run.config["method"] == "none" and apart_from_recipe(run) == apart]
+        partners = [run for run in partners if in_bfloat16(run) == in_bfloat16(group[0])]
         cells = [label(group[0]), ", ".join(f"{name} {value}" for name, value in apart.items())]
         cells += [spread(group, Run.best, "test_top1"), spread(group, Run.last, "test_top1")]
         lines.append([*cells, difference(group, partners), *conditions(group), f"`{group[0].config['command']}`"])

@@ -74,6 +74,19 @@ def test_a_run_off_the_recipe_stands_in_its_own_table(publish, page, change):
     assert f"{name} {value:g}" in sections["mine"]
 
 
+def test_precision_is_no_other_setting_in_a_paper_table_and_a_row_of_its_own_in_a_study(publish, page):
+    for seed, settings in ((0, ROWS["none"]), (1, ROWS["none"] | {"amp": True, "precision": "bfloat16 autocast"})):
+        publish("table2_cifar10", "none", settings, seed, (90, 90 + seed))
+        publish("mine", "none", settings | {"epochs": 2}, seed, (80, 80 + seed))
+        publish("mine", "disout", settings | {"epochs": 2, "method": "disout"}, seed, (81, 83 + seed))
+    sections = page()
+    assert "| 90.50 ± 0.71 | 90.50 ± 0.71 |  | 2 | 2 |" in sections["Table 2, CIFAR-10 (ResNet-56)"]
+    assert "bfloat16 autocast, float32" in sections["Table 2, CIFAR-10 (ResNet-56)"]
+    rows = [line.split(" | ") for line in sections["mine"].splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["| none", "| none, bfloat16", "| disout", "| disout, bfloat16"]
+    assert [row[4].split(" (")[0] for row in rows] == ["", "", "+3.00", "+3.00"]
+
+
 def test_a_run_that_is_not_complete_stands_nowhere(publish, page):
     publish("mine", "disout", ROWS["disout"], 0, (90, 91), complete=False)
     publish("mine", "disout", ROWS["disout"], 1, (88, 89))
