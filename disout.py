@@ -14,8 +14,8 @@ Where the paper's formula went
 
     alpha = 0 is DropBlock; block_size = 1 is the paper's element-wise "Feature Map Distortion".
 
-Where the time went
-    The whole map is touched for its deviation and for the division by mean(keep), and nowhere else: seeds are few, so
+What it costs
+    The whole map is passed over for its deviation, for the division by mean(keep) and for the mask. Seeds are few, so
     only they are drawn, and noise only for their blocks. No tensor's shape depends on what was drawn and nothing waits
     for the device, so a network with these layers compiles to one graph.
 """
@@ -149,9 +149,9 @@ def most_seeds(rate: float, places: int) -> int:
 
 def draw_seeds(rate: Tensor, places: int, most: int) -> tuple[Tensor, Tensor]:
     """Makes each of `places` a seed with probability `rate`, independently, in time that grows with the seeds alone:
-    the gaps between the hits of a Bernoulli process are geometric, log(uniform) / log(1 - rate) rounded down.
+    the gaps between the hits of a Bernoulli process are geometric, log(uniform) / log(1 - rate) rounded up.
 
-    Returns: int64 (most,), the seeds in order, the first of them again in the slots that are left over; and whether
+    Returns: int64 (most,), the seeds in order, with the first of them again in the slots that are left over, and whether
     there is any (bool, 0-dim): if not, all slots are of one place that is no seed.
     """
     gaps = torch.rand(most, dtype=torch.float64, device=rate.device).log_().div_(torch.log1p(-rate.double()))
