@@ -151,7 +151,7 @@ def draw_seeds(rate: Tensor, places: int, most: int) -> tuple[Tensor, Tensor]:
     """Makes each of `places` a seed with probability `rate`, independently, in time that grows with the seeds alone:
     the gaps between the hits of a Bernoulli process are geometric, log(uniform) / log(1 - rate) rounded up.
 
-    Returns: int64 (most,), the seeds in order, with the first of them again in the slots that are left over, and whether
+    Returns: int64 (most,), the seeds in order, the first of them again in slots that are left over, and whether
     there is any (bool, 0-dim): if not, all slots are of one place that is no seed.
     """
     gaps = torch.rand(most, dtype=torch.float64, device=rate.device).log_().div_(torch.log1p(-rate.double()))
