@@ -108,9 +108,9 @@ class Disout(nn.Module):
         rate, valid = seed_rate(self._dist_prob, size, self.block_size)
         places = n * channels * valid[0] * valid[1]
         most = most_seeds(seed_rate(self._largest_prob, size, self.block_size)[0], places)
-        seeds, any_seed = draw_seeds(rate, places, most)
+        seeds, no_seed = draw_seeds(rate, places, most)
         elements, channel = block_elements(seeds, maps, self.block_size, self.inside)
-        keep = keep_mask(elements, any_seed, maps)
+        keep = keep_mask(elements, no_seed, maps)
 
         # By what
         s = NO_READER_STRENGTH
@@ -151,13 +151,13 @@ def draw_seeds(rate: Tensor, places: int, most: int) -> tuple[Tensor, Tensor]:
     """Makes each of `places` a seed with probability `rate`, independently, in time that grows with the seeds alone:
     the gaps between the hits of a Bernoulli process are geometric, log(uniform) / log(1 - rate) rounded up.
 
-    Returns: int64 (most,), the seeds in order, the first of them again in slots that are left over, and whether
-    there is any (bool, 0-dim): if not, all slots are of one place that is no seed.
+    Returns: int64 (most,), the seeds in order, the first of them again in slots that are left over; and bool (1,), True
+    where there is none: all slots are then of one place that is no seed.
     """
     gaps = torch.rand(most, dtype=torch.float64, device=rate.device).log_().div_(torch.log1p(-rate.double()))
     seeds = gaps.ceil_().clamp_(1, places + 1).cumsum(0, dtype=torch.int64).sub_(1)
-    first = seeds[0].clamp(max=places - 1)
-    return seeds.where(seeds < places, first), seeds[0] < places
+    first = seeds[:1]
+    return seeds.where(seeds < places, first.clamp(max=places - 1)), first >= places
 
 
 def block_elements(seeds: Tensor, x: Tensor, block_size: int, inside: bool = False) -> tuple[Tensor, Tensor]:
@@ -179,21 +179,22 @@ def block_elements(seeds: Tensor, x: Tensor, block_size: int, inside: bool = Fal
     row, column = _divide(rest, valid_w)
     # The authors shift an even side by one, but not in a block that covers the whole map.
     shifted = not inside and [block_h, block_w] != size
-    rows = row[:, None] + torch.arange(block_h, device=device) + int(shifted and block_h % 2 == 0)
-    columns = column[:, None] + torch.arange(block_w, device=device) + int(shifted and block_w % 2 == 0)
+    first_h, first_w = int(shifted and block_h % 2 == 0), int(shifted and block_w % 2 == 0)
+    rows = row[:, None] + torch.arange(first_h, first_h + block_h, device=device)
+    columns = column[:, None] + torch.arange(first_w, first_w + block_w, device=device)
     rows, columns = rows.clamp(max=size[0] - 1) * x.stride(2), columns.clamp(max=size[1] - 1) * x.stride(3)
-    rows += (n * x.stride(0) + channel * x.stride(1))[:, None]
+    rows += (n * x.stride(0)).add(channel, alpha=x.stride(1))[:, None]
     return (rows[:, :, None] + columns[:, None, :]).flatten(1), channel
 
 
-def keep_mask(elements: Tensor, any_seed: Tensor, x: Tensor) -> Tensor:
+def keep_mask(elements: Tensor, no_seed: Tensor, x: Tensor) -> Tensor:
     """uint8 (N, C, H, W) in the memory format of x: 0 for the elements in a seed's block, else 1.
 
-    `elements` is that of `block_elements`, `any_seed` that of `draw_seeds`. (A bool mask takes four times as long to
+    `elements` is that of `block_elements`, `no_seed` that of `draw_seeds`. (A bool mask takes four times as long to
     multiply with on a CPU.)
     """
     keep = torch.ones_like(x, dtype=torch.uint8)
-    _in_memory(keep).scatter_(0, elements.flatten(), (~any_seed).to(torch.uint8).expand(elements.numel()))
+    _in_memory(keep).scatter_(0, elements.flatten(), no_seed.view(torch.uint8).expand(elements.numel()))
     return keep
 
 
@@ -226,7 +227,7 @@ def distort(
     Args:
         x: (N, C, H, W), contiguous or channels_last.
         keep: uint8, the shape and memory format of x, from `keep_mask`.
-        elements: int64 (S, b * b), from `block_elements`: where keep is 0.
+        elements: int64 (S, b * b), from `block_elements`: those where keep is 0. If it is 0 nowhere, any of one block.
         noise: standard normal, (S, b * b). Where blocks overlap, any of them gives the element its noise.
         strength: (S, 1), or one number for all channels.
         alpha: intensity.
@@ -238,7 +239,9 @@ def distort(
     """
     share = keep.sum(dtype=torch.int32) / keep.numel()
     divisor = torch.where(share > 0, share, 1.0)
-    values = noise * (alpha * deviation(x.detach()) * strength / divisor)
+    values = noise * (alpha * deviation(x.detach()) / divisor * strength)
+    first = elements[0]  # kept if there is no seed; then all blocks are this one
+    values = torch.where(_in_memory(keep)[first] == 0, values, _in_memory(x.detach())[first])
     return _Replaced.apply(x, keep, divisor, elements, values), share
 
 
@@ -249,11 +252,7 @@ class _Replaced(torch.autograd.Function):
     def forward(ctx, x: Tensor, keep: Tensor, divisor: Tensor, elements: Tensor, values: Tensor) -> Tensor:
         ctx.save_for_backward(keep, divisor)
         y = x / divisor
-        flat, first = _in_memory(y), elements[0]
-        kept = flat[first]
-        flat.scatter_(0, elements.flatten(), values.to(y.dtype).expand(elements.shape).flatten())
-        # Without a seed, all `elements` are of one block, which is kept.
-        flat[first] = torch.where(_in_memory(keep)[first] > 0, kept, flat[first])
+        _in_memory(y).scatter_(0, elements.flatten(), values.to(y.dtype).expand(elements.shape).flatten())
         return y
 
     @staticmethod
@@ -279,7 +278,7 @@ def _in_memory(x: Tensor) -> Tensor:
 def _divide(numbers: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     """Quotient and remainder."""
     quotient = numbers // divisor
-    return quotient, numbers - quotient * divisor
+    return quotient, numbers.sub(quotient, alpha=divisor)
 
 
 def _cut(block_size: int, size: tuple[int, int]) -> tuple[int, int]:

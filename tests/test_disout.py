@@ -16,7 +16,7 @@ from disout import Disout, block_elements, distort, draw_seeds, keep_mask, most_
 def keep_of(seeds, x, block_size, inside=False):
     """The mask, and the elements, of seeds with these numbers."""
     elements, _ = block_elements(seeds, x, block_size, inside)
-    return keep_mask(elements, torch.tensor(True), x), elements
+    return keep_mask(elements, torch.tensor([False]), x), elements
 
 
 def mask_of(seeds, size, block_size, inside=False):
@@ -115,8 +115,8 @@ def test_seeds_are_independent_draws_at_the_rate():
     counts, hits, neighbours = [], torch.zeros(places), torch.zeros(places - 1)
     torch.manual_seed(0)
     for _ in range(draws):
-        seeds, any_seed = draw_seeds(torch.tensor(rate), places, most_seeds(rate, places))
-        hit = torch.zeros(places).index_fill(0, seeds, float(any_seed))
+        seeds, no_seed = draw_seeds(torch.tensor(rate), places, most_seeds(rate, places))
+        hit = torch.zeros(places).index_fill(0, seeds, float(not no_seed))
         counts.append(hit.sum())
         hits += hit
         neighbours += hit[1:] * hit[:-1]
@@ -129,10 +129,10 @@ def test_seeds_are_independent_draws_at_the_rate():
 
 
 def test_rate_zero_has_no_seed_and_rate_one_every_place():
-    seeds, any_seed = draw_seeds(torch.tensor(0.0), 10, 4)
-    assert not any_seed and seeds.min() >= 0 and seeds.max() < 10
-    seeds, any_seed = draw_seeds(torch.tensor(1.0), 10, most_seeds(1.0, 10))
-    assert any_seed and seeds.tolist() == list(range(10))
+    seeds, no_seed = draw_seeds(torch.tensor(0.0), 10, 4)
+    assert no_seed and seeds.min() >= 0 and seeds.max() < 10
+    seeds, no_seed = draw_seeds(torch.tensor(1.0), 10, most_seeds(1.0, 10))
+    assert not no_seed and seeds.tolist() == list(range(10))
 
 
 @pytest.mark.parametrize(("rate", "places"), [(0.0, 50), (1e-6, 1000), (0.01, 300), (0.2, 1000), (0.9, 2000), (1.0, 7)])

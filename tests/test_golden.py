@@ -23,7 +23,7 @@ def authors_case(name):
     seeds = (uniform < rate).flatten().nonzero().flatten()
     x = theirs["x"].clone().requires_grad_()
     elements, channel = block_elements(seeds, x, block_size)
-    keep = keep_mask(elements, torch.tensor(True), x)
+    keep = keep_mask(elements, torch.tensor([False]), x)
     s = NO_READER_STRENGTH
     if k:
         s = strength(theirs["next_weight"], (theirs["sign_uniform"][0] >= 0.5) * 2 - 1)[channel, None]
