@@ -239,9 +239,10 @@ def distort(
     """
     share = keep.sum(dtype=torch.int32) / keep.numel()
     divisor = torch.where(share > 0, share, 1.0)
-    values = noise * (alpha * deviation(x.detach()) / divisor * strength)
-    first = elements[0]  # kept if there is no seed; then all blocks are this one
-    values = torch.where(_in_memory(keep)[first] == 0, values, _in_memory(x.detach())[first])
+    # Without a seed all blocks are the first one, which is kept.
+    kept, features = (_in_memory(tensor)[elements[0]] for tensor in (keep, x.detach()))
+    size = alpha * deviation(x.detach()) / divisor * strength * (1 - kept[:1])
+    values = torch.addcmul(kept * features.to(noise.dtype), noise, size)
     return _Replaced.apply(x, keep, divisor, elements, values), share
 
 
