@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +115,8 @@ def main() -> None:
             sections.append(f"![accuracy over epochs]({study}/accuracy.png)")
     for title, rows in published.items():
         sections.append(paper_table(title, rows, runs))
+    if benchmarks := [json.loads(path.read_text()) for path in sorted(folder.glob("benchmark/*.json"))]:
+        sections.append(benchmark_table(benchmarks))
     with replacing(folder / "README.md") as partial:
         partial.write_text("\n\n".join(sections) + "\n")
 
@@ -276,6 +279,16 @@ def difference(runs: list[Run], partners: list[Run]) -> str:
     return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
 
 
+def benchmark_table(benchmarks: list[dict]) -> str:
+    """The figures of runs of benchmark.py on one machine, each run's median."""
+    lines = [["", "target", "measured, a run each"]]
+    for rows in zip(*(benchmark["rows"] for benchmark in benchmarks), strict=True):
+        bounds = [f"{sign} {rows[0][key]:g}" for sign, key in (("≤", "at_most"), ("≥", "at_least")) if rows[0][key]]
+        lines.append([rows[0]["what"], *(bounds or [""]), ", ".join(f"{row['median']:.3g}" for row in rows)])
+    machines = ", ".join(sorted({benchmark["machine"] for benchmark in benchmarks}))
+    return f"## Benchmark\n\n`python scripts/benchmark.py`, {len(benchmarks)} runs: {machines}.\n\n{markdown(lines)}"
+
+
 def markdown(lines: list[list[str]]) -> str:
     rows = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
@@ -293,6 +306,7 @@ def draw_study(path: Path, title: str, runs: list[Run]) -> None:
         lowest, highest = ([pick(values) for values in zip(*curves, strict=True)] for pick in (min, max))
         axes.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.2)
     axes.set(xlabel="epoch", ylabel="accuracy, %", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as partial:
