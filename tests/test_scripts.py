@@ -91,11 +91,12 @@ def test_the_script_passes_over_what_is_finished(tmp_path):
 
 def test_the_committed_page_is_what_the_committed_logs_give(tmp_path):
     published = ROOT / "results/published"
-    for log in published.glob("*/*/*"):
-        if log.name in ("config.json", "metrics.csv", "summary.json"):
-            copy = tmp_path / log.relative_to(published)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(log.read_bytes())
+    names = ("config.json", "metrics.csv", "summary.json")
+    logs = [log for log in published.glob("*/*/*") if log.name in names]
+    for log in [*logs, *published.glob("benchmark/*.json")]:
+        copy = tmp_path / log.relative_to(published)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(log.read_bytes())
     subprocess.run([sys.executable, ROOT / "scripts/make_tables.py", tmp_path], check=True)
     page = (tmp_path / "README.md").read_text()
     assert page == (published / "README.md").read_text()
