@@ -35,7 +35,8 @@ class Disout(nn.Module):
     next. The identity in evaluation.
 
     Args:
-        dist_prob: share of the elements to distort, 0 to 1. Settable, so that a schedule can let it grow.
+        dist_prob: share of the elements to distort, 0 to 1. Settable, so that a schedule can let it grow; give the
+            final one here, as a compiled network compiles anew for a larger one than any before.
         block_size: side of a block, at least 1; cut to the map, per side, where the map is smaller.
         alpha: intensity of the distortion, at least 0.
         inside: keep even blocks wholly inside the map. The authors place the block of a seed in row i, for an even
@@ -68,7 +69,7 @@ class Disout(nn.Module):
         self.block_size = block_size
         self.alpha = float(alpha)
         self.inside = inside
-        # A tensor, so that a compiled network does not recompile as the rate grows; not in the state dict, so that the
+        # A tensor, so that a compiled network does not recompile with every rate; not in the state dict, so that the
         # layer can be put into a trained network and taken out again.
         self.register_buffer("_dist_prob", torch.zeros(()), persistent=False)
         self.register_buffer("distorted", torch.zeros(()), persistent=False)
@@ -93,7 +94,7 @@ class Disout(nn.Module):
             next_weight: weight of the convolution (out, C/groups, k, k) or linear layer (out, C) that reads `x` next.
                 It takes no gradient. None where nothing reads it: the strength is then 0.01.
 
-        Returns: tensor of x's shape and dtype.
+        Returns: tensor of x's shape and dtype; in evaluation x itself.
         """
         if x.dim() not in (2, 4) or not x.is_floating_point():
             raise ValueError(f"x must be floating-point, (N, C, H, W) or (N, F), not {x.dtype} {tuple(x.shape)}")

@@ -9,6 +9,7 @@ from conftest import metrics, read_json, same, without_times
 
 import train
 from utils import record
+from utils.flags import run_script
 
 SHORT = ("--train_size", "200", "--epochs", "3")  # two steps an epoch
 
@@ -104,6 +105,21 @@ def test_compiled_training_has_two_graphs_and_gives_the_same(run, graphs, method
     eager = run(*SHORT, "--method", method, name="eager")
     for ours, theirs in zip(metrics(compiled), metrics(eager), strict=True):
         assert without_times([ours])[0] == pytest.approx(without_times([theirs])[0], rel=1e-3)
+
+
+def test_compilation_that_fails_is_one_line(run, monkeypatch, capsys):
+    def no_compiler(*_):
+        raise RuntimeError("no compiler")
+
+    compile_for_real = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **kwargs: compile_for_real(*args, backend=no_compiler, **kwargs)
+    )
+    with pytest.raises(SystemExit) as stop:
+        run_script("train.py", lambda argv: run(*argv), [*SHORT, "--compile"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert message.count("\n") == 1 and "--compile" in message and "no compiler" in message
 
 
 def test_amp_learns_in_bfloat16_and_keeps_float32(run, capsys):

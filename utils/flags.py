@@ -146,6 +146,10 @@ def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) 
     except (OSError, CheckpointError, ImageError) as error:
         print(f"{script}: {str(error).splitlines()[-1]}", file=sys.stderr)  # the last line: also out of a worker
         sys.exit(1)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        what = " ".join(str(error).split("\n\n")[0].split())
+        print(f"{script}: --compile does not work here ({what})", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{script}: stopped; --resume goes on after the last finished epoch", file=sys.stderr)
         sys.exit(130)

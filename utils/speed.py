@@ -1,4 +1,4 @@
-"""What makes every step faster and changes no result."""
+"""What makes every step faster, whatever it computes."""
 
 import ctypes
 import sys
