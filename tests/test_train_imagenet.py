@@ -48,6 +48,15 @@ def finished(process):
     return output
 
 
+def test_compiled_training_in_bfloat16_has_two_graphs(flags, graphs, tmp_path):
+    """For batches of 8 and 5 images, and two more for the evaluation's, of 8 and 3."""
+    train_imagenet.main(flags("compiled", "--compile", "--amp", "--dist_prob", "0.1"))
+    assert graphs.frame_count == 4
+    rows, config = metrics(tmp_path / "compiled"), read_json(tmp_path / "compiled/config.json")
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert config["compile"] is True and config["precision"] == "bfloat16 autocast"
+
+
 def test_two_processes_learn_evaluate_each_image_once_and_resume_exactly(flags, photographs_folder, tmp_path):
     finished(torchrun(flags("whole")))
     rows, summary = metrics(tmp_path / "whole"), read_json(tmp_path / "whole/summary.json")
