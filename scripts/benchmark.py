@@ -204,7 +204,7 @@ class Resized(Dataset):
 
 
 def loader(folder: str | Path) -> list[Row]:
-    """train_imagenet.py's loader against plain decoding and resizing, an epoch of the first photographs each."""
+    """train_imagenet.py's loader against plain decoding and resizing, an epoch each of about 192 photographs."""
     train, _ = photographs.load(folder, "standard", 224, seed=0, skip_corrupt=False)
     train.samples = train.samples[:: max(len(train.samples) // PHOTOGRAPHS, 1)]
     sizes = step_sizes(len(train), 32)

@@ -5,6 +5,7 @@ usage: python scripts/make_tables.py [FOLDER]
 Every figure comes from config.json and metrics.csv of FOLDER/STUDY/NAME or FOLDER/NAME. A complete run of a published
 setting enters the paper's table; any other stands in its study's table, with what sets it apart. The seeds of a setting
 are one row: mean and deviation, and the paired difference to the same seeds without regularizer, with a 95 % interval.
+The figures of benchmark.py in FOLDER/benchmark/*.json are a table of their own.
 """
 
 import csv

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from disout import Disout
 from models.regularizers import METHODS, make_regularizer, regularizer_layers
 from models.resnet_cifar import ResNet
 from utils import data, engine
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_nothing_waits_for_the_device_within_an_epoch(monkeypatch, method, amp):
     train, _ = data.load("digits", "")
     mean, std = (statistic.cuda() for statistic in data.channel_statistics("digits", train))
-    train = data.Images(*train).take(slice(200)).to("cuda")
+    train = train.take(slice(200)).to("cuda")
     model = ResNet(8, 10, make_regularizer(method, 0.1, 6, 5.0, False)).to("cuda", memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
     layers = [(layer, layer.dist_prob) for layer in regularizer_layers(model)]
@@ -39,10 +40,7 @@ def test_nothing_waits_for_the_device_within_an_epoch(monkeypatch, method, amp):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_disout_gives_on_the_device_what_it_gives_on_the_cpu():
-    """The same draws cannot be had, but rates and sizes can."""
-    from disout import Disout
-
+def test_disout_has_on_the_device_the_rate_and_the_kept_elements_that_it_has_on_the_cpu():
     x = torch.randn(512, 64, 8, 8, device="cuda").to(memory_format=torch.channels_last)
     layer = Disout(0.09, 6, 5.0).cuda()
     y = layer(x, torch.randn(64, 64, 3, 3, device="cuda"))

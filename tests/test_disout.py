@@ -142,7 +142,7 @@ def test_more_seeds_than_there_is_room_for_are_all_but_impossible(rate, places):
     assert binom.sf(most, places, rate) < 1e-12
 
 
-def test_the_room_for_seeds_follows_the_largest_rate_set(x):
+def test_the_room_for_seeds_follows_the_largest_rate_set():
     layer = Disout(0.01, block_size=1, alpha=0.0)
     layer.dist_prob = 0.9
     y = in_training(torch.ones(100, 10, 8, 8), layer)

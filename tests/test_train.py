@@ -122,7 +122,7 @@ def test_compilation_that_fails_is_one_line(run, monkeypatch, capsys):
     assert message.count("\n") == 1 and "--compile" in message and "no compiler" in message
 
 
-def test_amp_learns_in_bfloat16_and_keeps_float32(run, capsys):
+def test_amp_learns_in_bfloat16_and_keeps_float32(run):
     folder = run("--epochs", "8", "--augment", "none", "--amp")
     assert read_json(folder / "summary.json")["best_top1"] > 60  # chance is 10
     assert read_json(folder / "config.json")["precision"] == "bfloat16 autocast"
