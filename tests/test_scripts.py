@@ -10,7 +10,7 @@ import train
 import train_imagenet
 
 ROOT = Path(train.__file__).parent
-TABLES = {"table2_cifar10": 3, "table2_cifar100": 3, "table3_imagenet": 10}
+SCRIPTS = {"table2_cifar10": 3, "table2_cifar100": 3, "table3_imagenet": 10, "small_grid": 20}
 
 
 def printed(script, *flags, **environment):
@@ -26,7 +26,7 @@ def flag_of(command, flag):
     return command[len(command) - command[::-1].index(flag)]
 
 
-@pytest.mark.parametrize(("script", "count"), TABLES.items())
+@pytest.mark.parametrize(("script", "count"), SCRIPTS.items())
 def test_dry_run_prints_a_command_a_row_and_seed_under_its_own_name(script, count):
     commands = printed(script, SEEDS="0 5")
     assert len(commands) == 2 * count
