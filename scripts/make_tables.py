@@ -3,37 +3,35 @@
 usage: python scripts/make_tables.py [FOLDER]
 
 Every figure comes from config.json and metrics.csv of FOLDER/STUDY/NAME or FOLDER/NAME. A complete run of a published
-setting enters the paper's table; any other stands in its study's table, with what sets it apart. The seeds of a setting
-are one row: mean and deviation, and the paired difference to the same seeds without regularizer, with a 95 % interval.
-The figures of benchmark.py in FOLDER/benchmark/*.json are a table of their own.
+setting enters the paper's table; any other stands in its study's table. The seeds of a setting are one row: mean and
+deviation, and the paired differences to the same seeds of the baselines, with a 95 % interval. The figures of
+benchmark.py in FOLDER/benchmark/*.json are a table of their own.
 """
 
-import csv
 import json
-import os
-import shlex
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import t as student
+from runs import (
+    ROOT,
+    Run,
+    apart_from_recipe,
+    difference,
+    differing,
+    grouped,
+    label,
+    published_settings,
+    read_runs,
+    references,
+    spread,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from utils.files import replacing
 
-import train  # noqa: E402
-import train_imagenet  # noqa: E402
-from utils.files import replacing  # noqa: E402
-from utils.record import PLACES  # noqa: E402
-
-SAME = {"seed", "processes", "amp", "compile", *PLACES}  # what may differ between runs of one setting
 CONDITIONS = ("runs", "epochs", "minutes a run", "precision", "device")
-METHOD = {"method", "dist_prob", "alpha", "block_size", "inside", "label_smoothing", "augment"}
 
 # Table -> (script that runs its rows, columns of metrics.csv, row -> (label, the paper's figures)). The paper's Table 3
 # takes all but none and Disout from the DropBlock paper, where a run is 270 epochs.
@@ -75,19 +73,6 @@ PAPER = {
 }
 
 
-class Run(NamedTuple):
-    study: str
-    config: dict[str, object]
-    rows: list[dict[str, float]]  # metrics.csv, an epoch each
-
-    def last(self, column: str) -> float:
-        return self.rows[-1][column]
-
-    def best(self, column: str) -> float:
-        """Of the epoch with the best top-1, as the paper reports it."""
-        return max(self.rows, key=lambda row: row["test_top1"])[column]
-
-
 def main() -> None:
     if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
         sys.exit(__doc__)
@@ -101,16 +86,20 @@ def main() -> None:
     sections = [
         "# Published runs",
         "Written by `python scripts/make_tables.py` from the logs beside it. Accuracies in %: *last* is that of the "
-        "last epoch, *best* that of the best epoch on the images evaluated, as the paper reports it. ± is the "
-        "standard deviation over seeds. The difference to no regularizer is of the best epochs, paired by seed, with a "
-        "95 % interval (Student's t) where there are two seeds or more.",
+        "last epoch, *best* that of the best epoch on the images evaluated, as the paper reports it, which flatters. "
+        "± is the standard deviation over seeds. Differences are paired by seed, with a 95 % interval (Student's t) "
+        "where there are two seeds or more; those of the paper's tables are of the best epochs. *Higher* and *lower* "
+        "are said where the interval leaves 0 out; of twenty such intervals one does by chance.",
     ]
     for study in sorted({run.study for run in runs}):
         members = [run for run in runs if run.study == study]
         sections.append(f"## {'Runs without a study' if study == '.' else study}")
+        has_script = (ROOT / "scripts" / f"{study}.sh").exists()
+        if has_script:
+            sections.append(f"Run by `bash scripts/{study}.sh`.")
         off_recipe = [run for run in members if all(differing(run, settings) for settings in on_recipe)]
         if off_recipe:
-            sections.append(study_table(off_recipe))
+            sections += study_tables(grouped(off_recipe), has_script)
         if any(len(run.rows) > 1 for run in members):
             draw_study(folder / study / "accuracy.png", study, members)
             sections.append(f"![accuracy over epochs]({study}/accuracy.png)")
@@ -120,77 +109,6 @@ def main() -> None:
         sections.append(benchmark_table(benchmarks))
     with replacing(folder / "README.md") as partial:
         partial.write_text("\n\n".join(sections) + "\n")
-
-
-def read_runs(folder: Path) -> list[Run]:
-    """The complete runs in FOLDER/STUDY/NAME, and in FOLDER/NAME, whose study is '.'."""
-    runs = []
-    for summary in sorted([*folder.glob("*/summary.json"), *folder.glob("*/*/summary.json")]):
-        with (summary.parent / "metrics.csv").open() as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        runs.append(
-            Run(
-                str(summary.parent.parent.relative_to(folder)),
-                json.loads((summary.parent / "config.json").read_text()),
-                rows,
-            )
-        )
-    return runs
-
-
-def settings_of(command: list[str]) -> dict[str, object]:
-    """The settings that a command 'python SCRIPT FLAGS...' asks for, but for those that may differ."""
-    script = {"train.py": train, "train_imagenet.py": train_imagenet}[command[1]]
-    return {name: value for name, value in script.parse_arguments(command[2:])[1].items() if name not in SAME}
-
-
-def published_settings(script: str) -> dict[str, tuple[str, dict[str, object]]]:
-    """Row -> command and settings, of the commands that a table's script runs."""
-    environment = os.environ | {"DRY_RUN": "1", "SEEDS": "0", "LAUNCH": "python"}
-    printed = subprocess.run(
-        ["bash", ROOT / "scripts" / script], env=environment, capture_output=True, text=True, check=True
-    )
-    rows = {}
-    for line in printed.stdout.splitlines():
-        command, rest = line.split(" --seed 0 ")
-        row = rest.split("--name ")[1].split("-s0")[0]
-        rows[row] = command, settings_of(shlex.split(command))
-    return rows
-
-
-def settings_in(run: Run) -> dict[str, object]:
-    """The settings that a run had. A flag that is younger than the run had its default."""
-    defaults = settings_of(shlex.split(run.config["command"])[:2])
-    return {name: run.config.get(name, value) for name, value in defaults.items()}
-
-
-def differing(run: Run, settings: dict[str, object]) -> dict[str, object]:
-    """The run's settings that are not these."""
-    return {name: value for name, value in settings_in(run).items() if settings.get(name) != value}
-
-
-def label(run: Run) -> str:
-    """The method and what it reads."""
-    of, parts = settings_in(run), [run.config["method"]]
-    parts += [f"p {of['dist_prob']:g}"] if of["dist_prob"] else []
-    parts += [f"block {of['block_size']}{' inside' if of['inside'] else ''}"] if of["block_size"] else []
-    parts += [f"alpha {of['alpha']:g}"] if of["alpha"] else []
-    parts += [f"augment {of['augment']}"] if of["augment"] != "standard" else []
-    parts += [f"label smoothing {of['label_smoothing']:g}"] if of["label_smoothing"] else []
-    parts += ["bfloat16"] if in_bfloat16(run) else []
-    return ", ".join(parts)
-
-
-def in_bfloat16(run: Run) -> bool:
-    return bool(run.config.get("amp"))
-
-
-def grouped(runs: list[Run]) -> list[list[Run]]:
-    """The runs of each setting and precision, by seed; those without regularizer first."""
-    found: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.config["method"] != "none", label(run), run.config["seed"])):
-        found.setdefault(label(run) + json.dumps(settings_in(run), sort_keys=True), []).append(run)
-    return list(found.values())
 
 
 def paper_table(title: str, published: dict[str, tuple[str, dict[str, object]]], runs: list[Run]) -> str:
@@ -206,8 +124,9 @@ def paper_table(title: str, published: dict[str, tuple[str, dict[str, object]]],
         cells = [name]
         for column, figure in zip(columns, of_paper, strict=True):
             cells += [figure, spread(members[row], Run.best, column), spread(members[row], Run.last, column)]
+        to_none = difference(members[row], members["none"], Run.best) if row != "none" else None
         command = f"`{published[row][0]}`"
-        lines.append([*cells, difference(members[row], members["none"]), *conditions(members[row]), command])
+        lines.append([*cells, str(to_none or ""), *conditions(members[row]), command])
     return f"{intro}{markdown(lines)}"
 
 
@@ -218,23 +137,35 @@ def not_run(columns: dict[str, str], rows: dict[str, tuple], published: dict[str
     return markdown(lines)
 
 
-def study_table(runs: list[Run]) -> str:
-    """Runs off the published recipe, a row each setting, with what sets it apart from the recipe."""
-    lines = [["", "differs from the recipe in", "best", "last", "difference to none", *CONDITIONS, "command"]]
-    for group in grouped(runs):
-        apart = apart_from_recipe(group[0])
-        partners = [run for run in runs if run.config["method"] == "none" and apart_from_recipe(run) == apart]
-        partners = [run for run in partners if in_bfloat16(run) == in_bfloat16(group[0])]
-        cells = [label(group[0]), ", ".join(f"{name} {value}" for name, value in apart.items())]
-        cells += [spread(group, Run.best, "test_top1"), spread(group, Run.last, "test_top1")]
-        lines.append([*cells, difference(group, partners), *conditions(group), f"`{group[0].config['command']}`"])
-    return markdown(lines)
-
-
-def apart_from_recipe(run: Run) -> dict[str, object]:
-    """The run's settings that are not the recipe's, but for the method's."""
-    recipe = settings_of(shlex.split(run.config["command"])[:2])
-    return {name: value for name, value in differing(run, recipe).items() if name not in METHOD}
+def study_tables(groups: list[list[Run]], has_script: bool) -> list[str]:
+    """Runs off the published recipe: a sentence with what all settings share, a table with a row each, and their
+    paired differences. The commands are left out where a script of the study's name has them."""
+    lines = [["", "best", "last", "off the recipe in", *CONDITIONS, "command"]]
+    for group in groups:
+        apart = ", ".join(f"{name} {value}" for name, value in apart_from_recipe(group[0]).items())
+        cells = [label(group[0]), spread(group, Run.best, "test_top1"), spread(group, Run.last, "test_top1"), apart]
+        lines.append([*cells, *conditions(group), f"`{group[0].config['command']}`"])
+    shared, columns = [], list(zip(*lines, strict=True))
+    for column in columns[3:]:
+        name, *cells = column
+        if name == "command" and has_script:
+            columns.remove(column)
+        elif len(cells) > 1 and len(set(cells)) == 1 and name != "runs":
+            columns.remove(column)
+            shared.append(f"{name} {cells[0]}")
+    sections = [f"All rows: {'; '.join(shared)}."] if shared else []
+    sections.append(markdown(list(zip(*columns, strict=True))))
+    pairs = [["", "against", "last epoch", "best epoch", "pairs", "in words"]]
+    for group in groups:
+        for other in references(group, groups):
+            last, best = (difference(group, other, measure) for measure in (Run.last, Run.best))
+            if last and last.pairs > 1:
+                words = last.in_words()
+                words += "" if words == best.in_words() else f"; best epoch: {best.in_words()}"
+                pairs.append([label(group[0]), label(other[0]), str(last), str(best), str(last.pairs), words])
+    if len(pairs) > 1:
+        sections += ["Paired differences:", markdown(pairs)]
+    return sections
 
 
 def conditions(runs: list[Run]) -> list[str]:
@@ -258,28 +189,6 @@ def device_of(config: dict[str, object]) -> str:
     return f"{name}, threads: {config['threads']}" if config["device"] == "cpu" else name
 
 
-def spread(runs: list[Run], measure: Callable[[Run, str], float], column: str) -> str:
-    """Mean and standard deviation over the runs."""
-    if not runs:
-        return "not run"
-    values = [measure(run, column) for run in runs]
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
-
-
-def difference(runs: list[Run], partners: list[Run]) -> str:
-    """Mean of the paired differences in best top-1 to the partner of the same seed, with its 95 % interval."""
-    by_seed = {run.config["seed"]: run.best("test_top1") for run in partners}
-    differences = [run.best("test_top1") - by_seed[run.config["seed"]] for run in runs if run.config["seed"] in by_seed]
-    if not differences or any(run is partners[0] for run in runs):
-        return ""
-    mean = statistics.mean(differences)
-    if len(differences) == 1:
-        return f"{mean:+.2f} (one seed)"
-    half = student.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
-    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
-
-
 def benchmark_table(benchmarks: list[dict]) -> str:
     """The figures of runs of benchmark.py on one machine, each run's median."""
     lines = [["", "target", "measured, a run each"]]
@@ -296,22 +205,31 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def draw_study(path: Path, title: str, runs: list[Run]) -> None:
-    """Top-1 over epochs, a line a setting (the mean over seeds) and a band from the lowest to the highest seed."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    """Top-1 of the images evaluated over epochs, and how far that of training lies above it: a line a setting (the mean
+    over seeds) and a band from the lowest to the highest seed."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    accuracy, gap = figure.subplots(1, 2)
     for group in grouped(runs):
-        curves = [[row["test_top1"] for row in run.rows] for run in group]
-        epochs = range(1, len(curves[0]) + 1)
+        epochs = range(1, len(group[0].rows) + 1)
+        tested = [[row["test_top1"] for row in run.rows] for run in group]
+        gaps = [[row["train_top1"] - row["test_top1"] for row in run.rows] for run in group]
         name = f"{label(group[0])} ({len(group)} {'run' if len(group) == 1 else 'runs'})"
-        [line] = axes.plot(epochs, [statistics.mean(values) for values in zip(*curves, strict=True)], ".-", label=name)
-        lowest, highest = ([pick(values) for values in zip(*curves, strict=True)] for pick in (min, max))
-        axes.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.2)
-    axes.set(xlabel="epoch", ylabel="accuracy, %", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
+        for axes, curves in ((accuracy, tested), (gap, gaps)):
+            mean, lowest, highest = (
+                [pick(values) for values in zip(*curves, strict=True)] for pick in (statistics.mean, min, max)
+            )
+            [line] = axes.plot(epochs, mean, ".-", label=name)
+            axes.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.2)
+    accuracy.set(ylabel="accuracy, %")
+    gap.set(ylabel="accuracy while training, minus that on the left, %")
+    for axes in (accuracy, gap):
+        axes.set(xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    accuracy.legend(fontsize="small")
+    figure.suptitle(title)
     with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+        figure.savefig(partial, format="png", dpi=100)
 
 
 if __name__ == "__main__":

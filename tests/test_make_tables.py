@@ -8,8 +8,9 @@ import train
 
 sys.path.insert(0, str(Path(train.__file__).parent / "scripts"))
 import make_tables
+import runs
 
-ROWS = {row: settings for row, (_, settings) in make_tables.published_settings("table2_cifar10.sh").items()}
+ROWS = {row: settings for row, (_, settings) in runs.published_settings("table2_cifar10.sh").items()}
 
 
 @pytest.fixture
@@ -28,8 +29,8 @@ def publish(tmp_path):
             "seed": seed,
         }
         (folder / "config.json").write_text(json.dumps(config))
-        epochs = "".join(f"{epoch},{value},99,60\n" for epoch, value in enumerate(top1, 1))
-        (folder / "metrics.csv").write_text("epoch,test_top1,test_top5,seconds\n" + epochs)
+        epochs = "".join(f"{epoch},95,{value},99,60\n" for epoch, value in enumerate(top1, 1))
+        (folder / "metrics.csv").write_text("epoch,train_top1,test_top1,test_top5,seconds\n" + epochs)
         if complete:
             (folder / "summary.json").write_text("{}")
 
@@ -74,17 +75,51 @@ def test_a_run_off_the_recipe_stands_in_its_own_table(publish, page, change):
     assert f"{name} {value:g}" in sections["mine"]
 
 
+def rows_of(section):
+    """The cells of the lines of a section's tables, without the lines under the headers."""
+    lines = [line[2:-2].split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    return {tuple(cells[:2]) if cells[4:5] == ["2"] else cells[0]: cells for cells in lines}
+
+
+def test_a_study_has_paired_differences_in_numbers_and_words(publish, page):
+    small = {name: value for name, value in ROWS["none"].items() if name not in ("alpha", "dist_prob", "block_size")}
+    small |= {"depth": 20, "alpha": 0, "dist_prob": 0, "block_size": 0}
+    methods = {
+        "none": small,
+        "dropblock": small | {"method": "dropblock", "dist_prob": 0.1, "block_size": 6},
+        "disout": small | {"method": "disout", "dist_prob": 0.1, "block_size": 6, "alpha": 5.0},
+    }
+    accuracies = {"none": ((80, 79), (82, 81)), "dropblock": ((79, 78), (81, 80.1)), "disout": ((90, 70), (93, 71))}
+    for method, of_seeds in accuracies.items():
+        for seed, top1 in enumerate(of_seeds):
+            publish("mine", method, methods[method], seed, top1)
+    section = page()["mine"]
+    assert "All rows: off the recipe in depth 20;" in section
+    found = rows_of(section)
+    assert found["none"][1:4] == ["81.00 ± 1.41", "80.00 ± 1.41", "2"]
+    disout, dropblock = "disout, p 0.1, block 6, alpha 5", "dropblock, p 0.1, block 6"
+    assert "| 10.50" not in section
+    # last epoch: -9 and -10; t(0.975, 1) = 12.706, so -9.5 -+ 12.706 * 0.7071 / sqrt(2)
+    assert found[disout, "none"][2] == "-9.50 (-15.85 to -3.15)"
+    assert found[disout, "none"][5] == "lower; best epoch: higher"
+    assert found[dropblock, "none"][2:] == ["-0.95 (-1.59 to -0.31)", "-1.00 (-1.00 to -1.00)", "2", "lower"]
+    assert found[disout, dropblock][5] == "lower; best epoch: higher"
+    assert not any(key[0] == "none" for key in found if isinstance(key, tuple))
+
+
 def test_precision_is_no_other_setting_in_a_paper_table_and_a_row_of_its_own_in_a_study(publish, page):
-    for seed, settings in ((0, ROWS["none"]), (1, ROWS["none"] | {"amp": True, "precision": "bfloat16 autocast"})):
-        publish("table2_cifar10", "none", settings, seed, (90, 90 + seed))
-        publish("mine", "none", settings | {"epochs": 2}, seed, (80, 80 + seed))
-        publish("mine", "disout", settings | {"epochs": 2, "method": "disout"}, seed, (81, 83 + seed))
+    bfloat16 = {"amp": True, "precision": "bfloat16 autocast"}
+    publish("table2_cifar10", "none", ROWS["none"], 0, (90, 90))
+    publish("table2_cifar10", "none", ROWS["none"] | bfloat16, 1, (90, 91))
+    for seed in (0, 1):
+        publish("mine", "none", ROWS["none"] | {"epochs": 2}, seed, (80, 80 + seed))
+        publish("mine", "none-bf16", ROWS["none"] | {"epochs": 2} | bfloat16, seed, (80, 81 + seed))
     sections = page()
     assert "| 90.50 ± 0.71 | 90.50 ± 0.71 |  | 2 | 2 |" in sections["Table 2, CIFAR-10 (ResNet-56)"]
     assert "bfloat16 autocast, float32" in sections["Table 2, CIFAR-10 (ResNet-56)"]
-    rows = [line.split(" | ") for line in sections["mine"].splitlines() if line.startswith("| ")][1:]
-    assert [row[0] for row in rows] == ["| none", "| none, bfloat16", "| disout", "| disout, bfloat16"]
-    assert [row[4].split(" (")[0] for row in rows] == ["", "", "+3.00", "+3.00"]
+    found = rows_of(sections["mine"])
+    assert found["none"][2] == "80.50 ± 0.71" and found["none, bfloat16"][2] == "81.50 ± 0.71"
+    assert found["none, bfloat16", "none"][2] == "+1.00 (+1.00 to +1.00)"
 
 
 def test_a_run_that_is_not_complete_stands_nowhere(publish, page):
@@ -102,7 +137,7 @@ def test_runs_without_a_study_count_and_no_run_at_all_is_said(publish, page):
 
 
 def test_the_number_of_processes_is_no_other_setting_but_is_shown(publish, page):
-    _, settings = make_tables.published_settings("table3_imagenet.sh")["disout"]
+    _, settings = runs.published_settings("table3_imagenet.sh")["disout"]
     config = {**settings, "processes": 8, "command": "python train_imagenet.py"}
     publish("eight", "disout", config, 0, (70, 71))
     table = page()["Table 3, ImageNet (ResNet-50)"]

@@ -1,0 +1,170 @@
+"""The complete runs of a folder, their settings, and what their seeds say together."""
+
+import csv
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from scipy.stats import t as student
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+import train_imagenet  # noqa: E402
+from utils.record import PLACES  # noqa: E402
+
+SAME = {"seed", "processes", "amp", "compile", *PLACES}  # what may differ between runs of one setting
+METHOD = {"method", "dist_prob", "alpha", "block_size", "inside", "label_smoothing", "augment"}
+
+
+class Run(NamedTuple):
+    study: str
+    config: dict[str, object]
+    rows: list[dict[str, float]]  # metrics.csv, an epoch each
+
+    def last(self, column: str) -> float:
+        return self.rows[-1][column]
+
+    def best(self, column: str) -> float:
+        """Of the epoch with the best top-1, as the paper reports it."""
+        return max(self.rows, key=lambda row: row["test_top1"])[column]
+
+
+Measure = Callable[[Run, str], float]  # Run.last or Run.best
+
+
+class Difference(NamedTuple):
+    """Of pairs of runs of the same seed. The 95 % interval is of Student's t; None where there is one pair."""
+
+    mean: float
+    half_width: float | None
+    pairs: int
+
+    def __str__(self) -> str:
+        if self.half_width is None:
+            return f"{self.mean:+.2f} (one seed)"
+        return f"{self.mean:+.2f} ({self.mean - self.half_width:+.2f} to {self.mean + self.half_width:+.2f})"
+
+    def in_words(self) -> str:
+        if self.half_width is None or abs(self.mean) <= self.half_width:
+            return "no difference shown"
+        return "higher" if self.mean > 0 else "lower"
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """The complete runs in FOLDER/STUDY/NAME, and in FOLDER/NAME, whose study is '.'."""
+    runs = []
+    for summary in sorted([*folder.glob("*/summary.json"), *folder.glob("*/*/summary.json")]):
+        with (summary.parent / "metrics.csv").open() as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        config = json.loads((summary.parent / "config.json").read_text())
+        runs.append(Run(str(summary.parent.parent.relative_to(folder)), config, rows))
+    return runs
+
+
+def settings_of(command: list[str]) -> dict[str, object]:
+    """The settings that a command 'python SCRIPT FLAGS...' asks for, but for those that may differ."""
+    script = {"train.py": train, "train_imagenet.py": train_imagenet}[command[1]]
+    return {name: value for name, value in script.parse_arguments(command[2:])[1].items() if name not in SAME}
+
+
+def published_settings(script: str) -> dict[str, tuple[str, dict[str, object]]]:
+    """Row -> command and settings, of the commands that a table's script runs."""
+    environment = os.environ | {"DRY_RUN": "1", "SEEDS": "0", "LAUNCH": "python"}
+    printed = subprocess.run(
+        ["bash", ROOT / "scripts" / script], env=environment, capture_output=True, text=True, check=True
+    )
+    rows = {}
+    for line in printed.stdout.splitlines():
+        command, rest = line.split(" --seed 0 ")
+        row = rest.split("--name ")[1].split("-s0")[0]
+        rows[row] = command, settings_of(shlex.split(command))
+    return rows
+
+
+def settings_in(run: Run) -> dict[str, object]:
+    """The settings that a run had. A flag that is younger than the run had its default."""
+    defaults = settings_of(shlex.split(run.config["command"])[:2])
+    return {name: run.config.get(name, value) for name, value in defaults.items()}
+
+
+def differing(run: Run, settings: dict[str, object]) -> dict[str, object]:
+    """The run's settings that are not these."""
+    return {name: value for name, value in settings_in(run).items() if settings.get(name) != value}
+
+
+def apart_from_recipe(run: Run) -> dict[str, object]:
+    """The run's settings that are not the recipe's, but for the method's."""
+    recipe = settings_of(shlex.split(run.config["command"])[:2])
+    return {name: value for name, value in differing(run, recipe).items() if name not in METHOD}
+
+
+def in_bfloat16(run: Run) -> bool:
+    return bool(run.config.get("amp"))
+
+
+def label(run: Run) -> str:
+    """The method, what it reads, and the precision."""
+    of, parts = settings_in(run), [run.config["method"]]
+    parts += [f"p {of['dist_prob']:g}"] if of["dist_prob"] else []
+    parts += [f"block {of['block_size']}{' inside' if of['inside'] else ''}"] if of["block_size"] else []
+    parts += [f"alpha {of['alpha']:g}"] if of["alpha"] else []
+    parts += [f"augment {of['augment']}"] if of["augment"] != "standard" else []
+    parts += [f"label smoothing {of['label_smoothing']:g}"] if of["label_smoothing"] else []
+    parts += ["bfloat16"] if in_bfloat16(run) else []
+    return ", ".join(parts)
+
+
+def grouped(runs: list[Run]) -> list[list[Run]]:
+    """The runs of each setting and precision, by seed; no regularizer first, then DropBlock."""
+    order = {"none": 0, "dropblock": 1}
+    found: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (order.get(run.config["method"], 2), label(run), run.config["seed"])):
+        found.setdefault(label(run) + json.dumps(settings_in(run), sort_keys=True), []).append(run)
+    return list(found.values())
+
+
+def references(group: list[Run], groups: list[list[Run]]) -> list[list[Run]]:
+    """The groups that a group is compared to: no regularizer, for Disout also DropBlock, and for bfloat16 the same in
+    float32. They share all settings that are not the method's."""
+    run, found = group[0], []
+    for other in groups:
+        method = other[0].config["method"]
+        if other is group or apart_from_recipe(other[0]) != apart_from_recipe(run):
+            continue
+        if in_bfloat16(other[0]) == in_bfloat16(run):
+            baselines = {"none": (), "disout": ("none", "dropblock")}.get(run.config["method"], ("none",))
+            found += [other] if method in baselines else []
+        elif in_bfloat16(run) and settings_in(other[0]) == settings_in(run):
+            found.append(other)
+    return found
+
+
+def spread(runs: list[Run], measure: Measure, column: str) -> str:
+    """Mean and standard deviation over the runs."""
+    if not runs:
+        return "not run"
+    values = [measure(run, column) for run in runs]
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def difference(runs: list[Run], partners: list[Run], measure: Measure) -> Difference | None:
+    """Of top-1, to the partners of the same seeds; None where there is no pair."""
+    by_seed = {run.config["seed"]: measure(run, "test_top1") for run in partners}
+    differences = [
+        measure(run, "test_top1") - by_seed[run.config["seed"]] for run in runs if run.config["seed"] in by_seed
+    ]
+    if not differences:
+        return None
+    mean, pairs = statistics.mean(differences), len(differences)
+    if pairs == 1:
+        return Difference(mean, None, 1)
+    return Difference(mean, student.ppf(0.975, pairs - 1) * statistics.stdev(differences) / pairs**0.5, pairs)
