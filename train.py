@@ -60,13 +60,8 @@ def main(argv: list[str]) -> None:
         return
 
     # Data, on the device as a whole
-    train, test = data.load(args.dataset, args.data_root)
-    mean, std = (statistic.to(args.device) for statistic in data.channel_statistics(args.dataset, train))
+    train, test, mean, std = data.load_parts(args.dataset, args.data_root, args.train_size, args.holdout, args.device)
     evaluated_on = "holdout" if args.holdout else "test"
-    if args.train_size or args.holdout:
-        train, held_out = data.split(train, args.train_size, args.holdout)
-        test = held_out if args.holdout else test
-    train, test = train.to(args.device), test.to(args.device)
 
     # Network
     torch.manual_seed(args.seed)

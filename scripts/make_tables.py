@@ -103,6 +103,9 @@ def main() -> None:
         if any(len(run.rows) > 1 for run in members):
             draw_study(folder / study / "accuracy.png", study, members)
             sections.append(f"![accuracy over epochs]({study}/accuracy.png)")
+        if (folder / study / "complexity.csv").exists():
+            picture = f"![accuracy, gap and complexity over rate and alpha]({study}/complexity.png)"
+            sections += [f"`python scripts/complexity.py` measured [complexity.csv]({study}/complexity.csv):", picture]
     for title, rows in published.items():
         sections.append(paper_table(title, rows, runs))
     if benchmarks := [json.loads(path.read_text()) for path in sorted(folder.glob("benchmark/*.json"))]:

@@ -11,13 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from scipy.stats import t as student
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 import train_imagenet  # noqa: E402
+from models.resnet_cifar import ResNet  # noqa: E402
+from utils import data  # noqa: E402
+from utils.checkpoint import load_weights  # noqa: E402
 from utils.record import PLACES  # noqa: E402
 
 SAME = {"seed", "processes", "amp", "compile", *PLACES}  # what may differ between runs of one setting
@@ -67,6 +72,16 @@ def read_runs(folder: Path) -> list[Run]:
         config = json.loads((summary.parent / "config.json").read_text())
         runs.append(Run(str(summary.parent.parent.relative_to(folder)), config, rows))
     return runs
+
+
+def load_trained(run: Path) -> tuple[dict, ResNet, tuple[data.Images, data.Images, Tensor, Tensor]]:
+    """config.json, the network after its last epoch, without regularizer, and what it worked on, of a run of train.py
+    that has its checkpoint."""
+    config = json.loads((run / "config.json").read_text())
+    parts = (config[name] for name in ("dataset", "data_root", "train_size", "holdout"))
+    model = ResNet(config["depth"], data.DATASETS[config["dataset"]][0]).to(memory_format=torch.channels_last)
+    load_weights(run / "checkpoint.pt", model)
+    return config, model, data.load_parts(*parts, torch.device("cpu"))
 
 
 def settings_of(command: list[str]) -> dict[str, object]:

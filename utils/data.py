@@ -82,6 +82,19 @@ def load(dataset: str, root: str | Path) -> tuple[Images, Images]:
     return train, test
 
 
+def load_parts(
+    dataset: str, root: str | Path, train_size: int, holdout: int, device: torch.device
+) -> tuple[Images, Images, Tensor, Tensor]:
+    """What a run works on, on its device: the images to train on (`train_size`, 0: all that are not held out), those to
+    evaluate on (`holdout` of the training images, 0: the test images), and each channel's mean and deviation, (3,)."""
+    train, test = load(dataset, root)
+    mean, std = channel_statistics(dataset, train)
+    if train_size or holdout:
+        train, held_out = split(train, train_size, holdout)
+        test = held_out if holdout else test
+    return train.to(device), test.to(device), mean.to(device), std.to(device)
+
+
 def load_digit_images() -> tuple[Images, Images]:
     """scikit-learn's 1,797 handwritten digits (8 x 8, 17 greys) scaled to 32 x 32, split 1,437 / 360, stratified."""
     digits = load_digits()
