@@ -22,9 +22,11 @@ from tqdm import tqdm
 from models.regularizers import make_regularizer, regularizer_layers
 from models.resnet_cifar import ResNet
 from utils import data
-from utils.checkpoint import load_checkpoint, load_weights
+from utils.checkpoint import Checkpoints, Progress, load_weights
 from utils.engine import evaluate, train_epoch
+from utils.files import lock_folder
 from utils.flags import Parser, add_shared_flags, check_folder, number, resnet_depth, run_script, run_settings
+from utils.interruptions import Interruptions
 from utils.record import Recorder
 from utils.schedules import CIFAR_DECAY, dist_prob_at, lr_at, step_sizes
 from utils.speed import set_up
@@ -54,7 +56,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
 def main(argv: list[str]) -> None:
     args, settings = parse_arguments(argv)
     folder = check_folder(args, settings)
-    set_up(args.threads)
+    set_up(args.threads, args.deterministic)
     if args.resume and not args.evaluate and (folder / "summary.json").exists():
         print(f"{folder} is complete:\n{(folder / 'summary.json').read_text()}", end="")
         return
@@ -95,39 +97,54 @@ def main(argv: list[str]) -> None:
         model.compile(fullgraph=True, dynamic=False, mode=mode)
 
     # Loop
-    step, rows = load_checkpoint(folder / "checkpoint.pt", model, optimizer)
-    recorder = Recorder(folder, settings, ["train.py", *argv], args.device, evaluated_on, rows)
-    for epoch in range(len(rows), args.epochs):
-        start = time.perf_counter()
-        batches = data.train_batches(train, mean, std, args.batch_size, args.augment, args.seed, epoch)
-        bar = tqdm(batches, f"epoch {epoch + 1}/{args.epochs}", len(sizes), leave=False, disable=None)
-        scores = train_epoch(
-            model,
-            bar,
-            sizes,
-            optimizer,
-            lr_at_step=lr_at_step,
-            layers=layers,
-            first_step=step,
-            total_steps=total_steps,
-            seed=args.seed,
-            label_smoothing=args.label_smoothing,
-            amp=args.amp,
-        )
-        trained = time.perf_counter()
-        scores |= evaluate(model, data.test_batches(test, mean, std), args.amp)
-        step += len(sizes)
-        row = {
-            "epoch": epoch + 1,
-            "dist_prob": dist_prob_at(step - 1, total_steps, args.dist_prob),
-            **scores,
-            "skipped": scores["train_skipped"] + scores["test_skipped"],
-            "seconds": time.perf_counter() - start,
-            "images_per_second": len(train.labels) / (trained - start),
-        }
-        rows.append(row)
-        recorder.add_epoch(rows, model, optimizer, step)
-    recorder.finish(rows, model)
+    lock = lock_folder(folder)
+    checkpoints = Checkpoints(folder, settings)
+    progress = checkpoints.load(model, optimizer)
+    recorder = Recorder(folder, settings, ["train.py", *argv], args.device, evaluated_on, checkpoints, progress)
+    interruptions = Interruptions(args.save_minutes)
+
+    def save_within_epoch(rows: tuple, start: float, step: int, totals: torch.Tensor) -> None:
+        checkpoints.save(model, optimizer, Progress(step, rows, totals, time.perf_counter() - start))
+        interruptions.after_saving()
+
+    with interruptions:
+        for epoch in range(len(progress.rows), args.epochs):
+            start = time.perf_counter() - progress.seconds
+            done = progress.step - epoch * len(sizes)
+            batches = data.train_batches(train, mean, std, args.batch_size, args.augment, args.seed, epoch, done)
+            name = f"epoch {epoch + 1}/{args.epochs}"
+            bar = tqdm(batches, name, len(sizes), initial=done, leave=False, disable=None)
+            scores = train_epoch(
+                model,
+                bar,
+                sizes,
+                optimizer,
+                lr_at_step=lr_at_step,
+                layers=layers,
+                first_step=progress.step,
+                total_steps=total_steps,
+                seed=args.seed,
+                label_smoothing=args.label_smoothing,
+                amp=args.amp,
+                totals=progress.totals,
+                save_is_due=interruptions.save_is_due,
+                save=partial(save_within_epoch, progress.rows, start),
+            )
+            trained = time.perf_counter()
+            scores |= evaluate(model, data.test_batches(test, mean, std), args.amp)
+            step = (epoch + 1) * len(sizes)
+            row = {
+                "epoch": epoch + 1,
+                "dist_prob": dist_prob_at(step - 1, total_steps, args.dist_prob),
+                **scores,
+                "skipped": scores["train_skipped"] + scores["test_skipped"],
+                "seconds": time.perf_counter() - start,
+                "images_per_second": len(train.labels) / (trained - start),
+            }
+            progress = Progress(step, (*progress.rows, row))
+            recorder.add_epoch(model, optimizer, progress)
+    recorder.finish(progress.rows, model)
+    lock.close()
 
 
 if __name__ == "__main__":

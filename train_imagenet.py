@@ -23,9 +23,11 @@ from tqdm import tqdm
 from models.regularizers import make_regularizer, regularizer_layers
 from models.resnet_imagenet import ResNet50
 from utils import photographs
-from utils.checkpoint import load_checkpoint, load_weights
+from utils.checkpoint import Checkpoints, Progress, load_weights
 from utils.engine import evaluate, train_epoch
+from utils.files import lock_folder
 from utils.flags import Parser, add_shared_flags, check_folder, number, run_script, run_settings
+from utils.interruptions import Interruptions
 from utils.processes import join, leave, processes, share_buffers
 from utils.record import Recorder
 from utils.schedules import IMAGENET_DECAY, dist_prob_at, lr_at, step_sizes
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> None:
     folder = check_folder(args, settings)
     device = join(args.device)
     rank, world = processes()
-    set_up(args.threads)
+    set_up(args.threads, args.deterministic)
     if args.resume and not args.evaluate and (folder / "summary.json").exists():
         if rank == 0:
             print(f"{folder} is complete:\n{(folder / 'summary.json').read_text()}", end="")
@@ -104,49 +106,66 @@ def main(argv: list[str]) -> None:
         decay=IMAGENET_DECAY,
     )
     layers = [(layer, layer.dist_prob) for layer in regularizer_layers(model)]
-    step, rows = load_checkpoint(folder / "checkpoint.pt", model, optimizer)
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)
-    trained_model = DistributedDataParallel(model) if world > 1 else model
 
     # Loop; the first process writes
-    recorder = Recorder(folder, settings, ["train_imagenet.py", *argv], device, "test", rows) if rank == 0 else None
-    for epoch in range(len(rows), args.epochs):
-        start = time.perf_counter()
-        sampler.epoch = epoch
-        batches = photographs.on_device(train_loader, device)
-        bar = tqdm(batches, f"epoch {epoch + 1}/{args.epochs}", len(sampler), leave=False, disable=rank > 0 or None)
-        scores = train_epoch(
-            trained_model,
-            bar,
-            sizes,
-            optimizer,
-            lr_at_step=lr_at_step,
-            layers=layers,
-            first_step=step,
-            total_steps=total_steps,
-            seed=args.seed,
-            accumulate_steps=args.accumulate_steps,
-            label_smoothing=args.label_smoothing,
-            amp=args.amp,
-        )
-        trained = time.perf_counter()
-        share_buffers(model)
-        scores |= evaluate(model, photographs.on_device(test_loader, device), args.amp)
-        step += len(sizes)
-        row = {
-            "epoch": epoch + 1,
-            "dist_prob": dist_prob_at(step - 1, total_steps, args.dist_prob),
-            **scores,
-            "skipped": scores["train_skipped"] + scores["test_skipped"],
-            "seconds": time.perf_counter() - start,
-            "images_per_second": len(train) / (trained - start),
-        }
-        rows.append(row)
-        if recorder:
-            recorder.add_epoch(rows, model, optimizer, step)
+    lock = lock_folder(folder) if rank == 0 else None
+    checkpoints = Checkpoints(folder, settings)
+    progress = checkpoints.load(model, optimizer)
+    command = ["train_imagenet.py", *argv]
+    recorder = Recorder(folder, settings, command, device, "test", checkpoints, progress) if rank == 0 else None
+    trained_model = DistributedDataParallel(model) if world > 1 else model
+    interruptions = Interruptions(args.save_minutes)
+
+    def save_within_epoch(rows: tuple, start: float, step: int, totals: torch.Tensor) -> None:
+        if rank == 0:
+            checkpoints.save(model, optimizer, Progress(step, rows, totals, time.perf_counter() - start))
+        interruptions.after_saving()
+
+    with interruptions:
+        for epoch in range(len(progress.rows), args.epochs):
+            start = time.perf_counter() - progress.seconds
+            done = progress.step - epoch * len(sizes)
+            sampler.epoch, sampler.first_step = epoch, done
+            batches = photographs.on_device(train_loader, device)
+            name, parts = f"epoch {epoch + 1}/{args.epochs}", args.accumulate_steps
+            bar = tqdm(batches, name, len(sizes) * parts, initial=done * parts, leave=False, disable=rank > 0 or None)
+            scores = train_epoch(
+                trained_model,
+                bar,
+                sizes,
+                optimizer,
+                lr_at_step=lr_at_step,
+                layers=layers,
+                first_step=progress.step,
+                total_steps=total_steps,
+                seed=args.seed,
+                accumulate_steps=args.accumulate_steps,
+                label_smoothing=args.label_smoothing,
+                amp=args.amp,
+                totals=progress.totals,
+                save_is_due=interruptions.save_is_due,
+                save=partial(save_within_epoch, progress.rows, start),
+            )
+            trained = time.perf_counter()
+            share_buffers(model)
+            scores |= evaluate(model, photographs.on_device(test_loader, device), args.amp)
+            step = (epoch + 1) * len(sizes)
+            row = {
+                "epoch": epoch + 1,
+                "dist_prob": dist_prob_at(step - 1, total_steps, args.dist_prob),
+                **scores,
+                "skipped": scores["train_skipped"] + scores["test_skipped"],
+                "seconds": time.perf_counter() - start,
+                "images_per_second": len(train) / (trained - start),
+            }
+            progress = Progress(step, (*progress.rows, row))
+            if recorder:
+                recorder.add_epoch(model, optimizer, progress)
     if recorder:
-        recorder.finish(rows, model)
+        recorder.finish(progress.rows, model)
+        lock.close()
     leave()
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import same
 
 from disout import Disout
 from models.regularizers import METHODS, make_regularizer, regularizer_layers
@@ -38,6 +39,13 @@ def test_nothing_waits_for_the_device_within_an_epoch(monkeypatch, method, amp):
         assert train_epoch(1)["train_images"] == 200
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", [(), ("--amp",)])
+def test_deterministic_training_gives_the_same_bits(run, precision):
+    flags = ("--train_size", "300", "--epochs", "2", "--device", "cuda", "--deterministic", *precision)
+    states = [torch.load(run(*flags, name=name) / "checkpoint.pt", weights_only=True) for name in ("first", "again")]
+    assert same(*states)
 
 
 def test_disout_has_on_the_device_the_rate_and_the_kept_elements_that_it_has_on_the_cpu():

@@ -113,12 +113,3 @@ def test_a_broken_image_is_one_line_or_counted(flags, photographs_folder, tmp_pa
     summary = read_json(tmp_path / "run/summary.json")
     assert (summary["test_images"], summary["skipped"]) == (10, 1)
     assert "1 images could not be read" in capsys.readouterr().out
-
-
-def test_a_missing_folder_is_one_line(flags, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run_script("train_imagenet.py", train_imagenet.main, flags("run", "--data", str(tmp_path / "nowhere")))
-    message = capsys.readouterr().err
-    assert stop.value.code == 1
-    assert message.count("\n") == 1 and str(tmp_path / "nowhere/train") in message
-    assert not (tmp_path / "run").exists()

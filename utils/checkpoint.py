@@ -1,42 +1,89 @@
-"""A run's checkpoint: everything that the next epoch depends on, in one file."""
+"""A run's checkpoint: everything that the next step depends on, in one file."""
 
+import io
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.files import replacing
+from utils.processes import is_first
+from utils.settings import changed_settings, fixed_settings
 
 
 class CheckpointError(Exception):
-    """A file that is no checkpoint, or that of another network."""
+    """A file that is no checkpoint, or not of this run."""
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, rows: list) -> None:
-    """`step` counts the finished optimizer steps: learning rate, dist_prob and all seeds follow from it. `rows` are
-    the rows of metrics.csv so far, one an epoch."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows}
-    with replacing(path) as partial:
-        torch.save(state, partial)
+class Progress(NamedTuple):
+    """How far a run is: learning rate, dist_prob, order and all seeds follow from it."""
+
+    step: int = 0  # optimizer steps finished
+    rows: tuple[dict[str, float], ...] = ()  # of metrics.csv, one a finished epoch
+    totals: Tensor | None = (
+        None  # of train_epoch's sums over the finished steps of an unfinished epoch, a row a process
+    )
+    seconds: float = 0.0  # spent in that epoch
+
+
+class Checkpoints:
+    """checkpoint.pt in a run's folder, and checkpoint_previous.pt, which was written before it."""
+
+    def __init__(self, folder: Path, settings: dict[str, object]) -> None:
+        self.last, self.previous = folder / "checkpoint.pt", folder / "checkpoint_previous.pt"
+        self.settings = fixed_settings(settings)
+        self.last_is_good = False
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """A kill leaves at least one of the two files, whole. A file that could not be read takes nobody's place."""
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": self.settings}
+        state |= progress._asdict() | {"rows": list(progress.rows)}
+        with replacing(self.last) as partial:
+            write(partial, state)
+            if self.last_is_good:
+                self.last.replace(self.previous)
+        self.last_is_good = True
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+        """Puts the newest checkpoint that is good into `model` and `optimizer`, and says so where it is the last but
+        one. A run that has none begins.
+
+        Raises:
+            CheckpointError: there are some, and none is good; says what is wrong with the newest.
+        """
+        problems = []
+        for path in (self.last, self.previous):
+            if path.exists():
+                try:
+                    progress = self._read(path, model, optimizer)
+                except CheckpointError as error:
+                    problems.append(str(error))
+                    continue
+                self.last_is_good = path == self.last
+                if problems and is_first():
+                    print(f"{problems[0]}: going on from {path.name}")
+                return progress
+        if problems:
+            raise CheckpointError(f"{problems[0]}: put a good one there, or give another --name to start over")
+        return Progress()
+
+    def _read(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+        state = read(path)
+        try:
+            if changed := changed_settings(state["settings"], self.settings):
+                raise CheckpointError(f"{path} is of a run with other settings ({', '.join(changed)})")
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return Progress(state["step"], tuple(state["rows"]), state["totals"], state["seconds"])
+        except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} is no checkpoint of this run ({reason(error)})") from None
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """The plain state dict."""
     with replacing(path) as partial:
-        torch.save(model.state_dict(), partial)
-
-
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
-    """Puts the checkpoint into `model` and `optimizer`; returns its step and rows, 0 and none if there is no file."""
-    if not path.exists():
-        return 0, []
-    state = read(path)
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return state["step"], state["rows"]
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of this run ({reason(error)})") from None
+        write(partial, model.state_dict())
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -46,6 +93,13 @@ def load_weights(path: Path, model: nn.Module) -> None:
         model.load_state_dict(state.get("model", state))
     except (AttributeError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path} holds no weights of this network ({reason(error)})") from None
+
+
+def write(path: Path, state: dict[str, object]) -> None:
+    """Through memory: torch.save to a full disk raises what no other writing raises."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def read(path: Path) -> object:

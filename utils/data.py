@@ -182,17 +182,23 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def train_batches(
-    train: Images, mean: Tensor, std: Tensor, batch_size: int, augmentation: str, seed: int, epoch: int
+    train: Images,
+    mean: Tensor,
+    std: Tensor,
+    batch_size: int,
+    augmentation: str,
+    seed: int,
+    epoch: int,
+    first_batch: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of shuffled batches (float32 (B, 3, 32, 32), int64 (B,)). The last may be smaller.
-
-    `augmentation` is one of AUGMENTS.
+    """The shuffled batches of an epoch from `first_batch` on (float32 (B, 3, 32, 32), int64 (B,)). The last may be
+    smaller. `augmentation` is one of AUGMENTS.
     """
     device = train.pixels.device
     order, how = draw_epoch(len(train.labels), seed, epoch)
     order, *how = (drawn.to(device, non_blocking=True) for drawn in (order, *how))
     how = Augmentation(*how)
-    for start in range(0, len(order), batch_size):
+    for start in range(first_batch * batch_size, len(order), batch_size):
         part = slice(start, start + batch_size)
         pixels, labels = train.take(order[part])
         if augmentation != "none":

@@ -7,11 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.processes import processes, summed
+from utils.processes import gathered, largest, processes, summed
 from utils.schedules import dist_prob_at
 from utils.seeds import seed_for
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class Diverged(Exception):
+    """A loss, or a weight, that is not finite."""
 
 
 def train_epoch(
@@ -28,26 +32,51 @@ def train_epoch(
     accumulate_steps: int = 1,
     label_smoothing: float = 0.0,
     amp: bool = False,
+    totals: Tensor | None = None,
+    save_is_due: Callable[[], bool] = lambda: False,
+    save: Callable[[int, Tensor], None] | None = None,
 ) -> dict[str, float]:
     """One pass over `batches`, an optimizer step each, or one in `accumulate_steps` of them.
 
     Args:
-        batches: this process's images (B, 3, H, W) and labels (B,); a label of -100 does not count.
-        step_sizes: the images of each step, of all batches and processes together.
+        batches: this process's images (B, 3, H, W) and labels (B,), from `first_step` on; a label of -100 does not
+            count.
+        step_sizes: the images of each step of the epoch, of all batches and processes together.
         lr_at_step: learning rate of a step.
         layers: the regularizer's layers, each with the rate that it grows to.
-        first_step: steps before this epoch, out of `total_steps` in the whole run.
+        first_step: steps before this one, out of `total_steps` in the whole run. Within an epoch it goes on with one,
+            whose `totals` until then it needs.
         amp: the network computes in bfloat16 where autocast says so; loss, weights and optimizer are float32.
         seed: with the step and the process's rank, it seeds the layers' draws, so that any step can be replayed.
+        save_is_due: asked after every step; where it says so, `save` gets the number of finished steps and the totals,
+            a row a process.
 
     Returns: train_loss (cross-entropy without label smoothing), train_top1 (%), train_images that counted and
     train_skipped that did not; lr and distorted (mean over layers, 0 without any) of the last step.
+
+    Raises:
+        Diverged: a loss or weight is not finite, which is looked at before saving and at the end.
     """
     model.train()
     rank, world = processes()
     batches = iter(batches)
-    totals = 0.0  # loss, top1 and images, summed on the device: no wait for it before the epoch's end
-    for step, size in enumerate(step_sizes, first_step):
+    epoch, done = divmod(first_step, len(step_sizes))
+    device = next(model.parameters()).device
+    totals = torch.zeros(4, device=device) if totals is None else totals[rank].to(device)
+    # Loss, top1 and images are summed on the device, and the first bad step is noted there: no wait for it.
+    bad_step = torch.full((), total_steps, device=device)
+
+    def check_finite() -> None:
+        if found := first_not_finite(bad_step, model, step):
+            bad, what = found
+            rate = dist_prob_at(bad, total_steps, max((final for _, final in layers), default=0.0))
+            where = f"epoch {epoch + 1}, step {bad % len(step_sizes) + 1} of {len(step_sizes)}"
+            raise Diverged(
+                f"a {what} is not finite in {where} (lr {lr_at_step(bad):g}, dist_prob {rate:g}): the checkpoint "
+                "before it stays; try a smaller --lr"
+            )
+
+    for step, size in enumerate(step_sizes[done:], first_step):
         lr = lr_at_step(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -62,8 +91,13 @@ def train_epoch(
             loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
             (loss * (world / size)).backward()  # processes average their gradients
             totals = totals + batch_sums(logits.detach(), labels, ks=(1,))
+            bad_step = bad_step.where(loss.detach().isfinite(), bad_step.clamp(max=step))
         optimizer.step()
+        if step + 1 < first_step - done + len(step_sizes) and save_is_due():  # the last is saved with its epoch
+            check_finite()
+            save(step + 1, gathered(totals))
 
+    check_finite()
     loss_sum, top1, count, skipped = summed(totals).tolist()
     distorted = float(torch.stack([layer.distorted for layer, _ in layers]).mean()) if layers else 0.0
     return {
@@ -74,6 +108,17 @@ def train_epoch(
         "lr": lr,
         "distorted": distorted,
     }
+
+
+def first_not_finite(bad_step: Tensor, model: nn.Module, step: int) -> tuple[int, str] | None:
+    """The step, and 'loss' or 'weight', agreed between the processes: whether the loss was bad in one of them at
+    `bad_step`, if that is no later than `step`, or a weight is after `step`."""
+    tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+    bad, bad_weight = largest(-int(bad_step), int(not finite))
+    if -bad <= step:
+        return -bad, "loss"
+    return (step, "weight") if bad_weight else None
 
 
 @torch.no_grad()

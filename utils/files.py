@@ -1,9 +1,17 @@
-"""Files that are whole whenever the process is killed."""
+"""Files that are whole whenever the process is killed, and folders that one process at a time writes to."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+LOCK = ".lock"
+
+
+class InUse(Exception):
+    """Another process writes to the folder."""
 
 
 @contextmanager
@@ -18,3 +26,20 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Makes the folder, and locks it as long as the file that this returns is open and the process lives: its kill
+    ends the lock.
+
+    Raises:
+        InUse: another process has locked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, a worker that outlives us does not have it
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise InUse(f"another process is training in {folder}: wait for it, or give another --name") from None
+    return file

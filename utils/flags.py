@@ -2,6 +2,7 @@
 wrong, exit code 2."""
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -11,9 +12,13 @@ from typing import NoReturn
 import torch
 
 from models.regularizers import METHODS
-from utils import record
 from utils.checkpoint import CheckpointError
+from utils.engine import Diverged
+from utils.files import LOCK, InUse
+from utils.interruptions import Stopped
 from utils.photographs import ImageError
+from utils.processes import is_first
+from utils.settings import changed_settings
 
 
 class UsageError(Exception):
@@ -103,10 +108,12 @@ def add_shared_flags(parser: Parser) -> None:
     parser.add_argument("--device", type=usable_device, help="default: cuda where there is one, else cpu")
     add("--threads", number(int, 1), "of operations on the CPU; for several runs side by side")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast; weights, loss, optimizer stay float32")
+    parser.add_argument("--deterministic", action="store_true", help="the same bits again on a GPU too; slower there")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--output", default="results", help="parent of the run's folder (default: results)")
     parser.add_argument("--name", type=folder_name, help="the run's folder (default: DATASET-resnetDEPTH-METHOD-sSEED)")
-    parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch, or start")
+    parser.add_argument("--resume", action="store_true", help="go on after the last checkpoint, or start")
+    add("--save_minutes", number(float, above=0), "between checkpoints, beside the one after every epoch", 10.0)
     parser.add_argument("--evaluate", metavar="FILE", help="only evaluate a checkpoint or a state dict (best.pt)")
 
 
@@ -129,9 +136,11 @@ def check_folder(args: argparse.Namespace, settings: dict[str, object]) -> Path:
     if args.evaluate:
         if not Path(args.evaluate).is_file():
             raise UsageError(f"argument --evaluate: there is no file {args.evaluate}")
-    elif not args.resume and folder.is_dir() and any(folder.iterdir()):
+    elif not args.resume and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise UsageError(f"{folder} holds a run already: add --resume to go on with it, or give another --name")
-    elif changed := record.changed_settings(folder, settings):
+    elif (config := folder / "config.json").exists() and (
+        changed := changed_settings(json.loads(config.read_text()), settings)
+    ):
         raise UsageError(f"{folder} was started with other settings ({', '.join(changed)}): give another --name")
     return folder
 
@@ -140,16 +149,24 @@ def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) 
     """Calls main(argv). What the user typed wrong is one line on stderr and exit code 2, what goes wrong 1."""
     try:
         main(argv)
-    except UsageError as error:
+    except (UsageError, InUse) as error:
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
     except (OSError, CheckpointError, ImageError) as error:
         print(f"{script}: {str(error).splitlines()[-1]}", file=sys.stderr)  # the last line: also out of a worker
         sys.exit(1)
+    except Diverged as error:
+        if is_first():
+            print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Stopped as error:
+        if is_first():
+            print(f"{script}: {error}; the same command with --resume goes on from there", file=sys.stderr)
+        sys.exit(error.exit_code)
     except torch._dynamo.exc.TorchDynamoException as error:
         what = " ".join(str(error).split("\n\n")[0].split())
         print(f"{script}: --compile does not work here ({what})", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"{script}: stopped; --resume goes on after the last finished epoch", file=sys.stderr)
+        print(f"{script}: stopped; --resume goes on after the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -4,6 +4,7 @@ A sample's augmentation is a function of (seed, epoch, index) alone, which the s
 same whatever the number of workers and processes.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,23 +111,24 @@ def test_transform(size: int) -> v2.Transform:
 
 
 class EpochSampler:
-    """The keys of this process's batches in an epoch, which must be set before: each step's images, in an order that is
-    a function of (seed, epoch), go round the processes, and each process's in `accumulate_steps` batches."""
+    """The keys of this process's batches in an epoch, which must be set before, as must the first step where it is not
+    0: each step's images, in an order that is a function of (seed, epoch), go round the processes, and each process's
+    in `accumulate_steps` batches."""
 
     def __init__(self, step_sizes: list[int], accumulate_steps: int, seed: int, rank: int, world: int) -> None:
         self.step_sizes, self.accumulate_steps, self.seed = step_sizes, accumulate_steps, seed
         self.rank, self.world = rank, world
-        self.epoch = 0
+        self.epoch = self.first_step = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(seed_for("epoch", self.seed, self.epoch))
         order = torch.randperm(sum(self.step_sizes), generator=generator)
-        for images in order.split(self.step_sizes):
+        for images in order.split(self.step_sizes)[self.first_step :]:
             for part in images[self.rank :: self.world].tensor_split(self.accumulate_steps):
                 yield [(self.epoch, index) for index in part.tolist()]
 
     def __len__(self) -> int:
-        return len(self.step_sizes) * self.accumulate_steps
+        return (len(self.step_sizes) - self.first_step) * self.accumulate_steps
 
 
 def test_keys(size: int, batch_size: int, rank: int, world: int) -> list[list[tuple[int, int]]]:
@@ -136,9 +138,15 @@ def test_keys(size: int, batch_size: int, rank: int, world: int) -> list[list[tu
 
 
 def make_loader(photographs: Photographs, keys: EpochSampler | list, workers: int, device: torch.device) -> DataLoader:
-    more = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
-    pin = device.type == "cuda"
-    return DataLoader(photographs, batch_sampler=keys, num_workers=workers, pin_memory=pin, **more)
+    more = {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": leave_group} if workers else {}
+    # A generator of its own: starting an iterator draws from it, which must not shift what a step draws.
+    more |= {"generator": torch.Generator(), "pin_memory": device.type == "cuda"}
+    return DataLoader(photographs, batch_sampler=keys, num_workers=workers, **more)
+
+
+def leave_group(_worker: int) -> None:
+    """A terminal and torchrun signal whole process groups. The workers end with their process, once it has saved."""
+    os.setpgrp()
 
 
 def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

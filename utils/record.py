@@ -6,6 +6,7 @@ import json
 import platform
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.checkpoint import save_checkpoint, save_weights
+from utils.checkpoint import Checkpoints, Progress, save_weights
 from utils.files import replacing
 
 COLUMNS = (
@@ -36,9 +37,6 @@ TAGS = {
     "images_per_second": "speed/images_per_second",
 }
 
-# Settings that may differ when a run goes on.
-PLACES = ("device", "threads", "data_root", "data", "workers", "skip_corrupt", "output", "name")
-
 
 class Recorder:
     """Writes a run's folder: config.json at the start, the rest after every epoch, a summary when it is complete.
@@ -49,7 +47,8 @@ class Recorder:
         command: the script and its arguments.
         device: that it trains on.
         evaluated_on: 'test' or 'holdout'.
-        rows: of the epochs finished before, from the checkpoint.
+        checkpoints: of the run.
+        progress: up to the checkpoint that it goes on from.
     """
 
     def __init__(
@@ -59,30 +58,31 @@ class Recorder:
         command: list[str],
         device: torch.device,
         evaluated_on: str,
-        rows: list[dict[str, float]],
+        checkpoints: Checkpoints,
+        progress: Progress,
     ) -> None:
         self.folder, self.settings, self.device, self.evaluated_on = folder, settings, device, evaluated_on
-        folder.mkdir(parents=True, exist_ok=True)
-        if rows:
-            print(f"{folder}: going on after epoch {len(rows)}")
+        self.checkpoints, rows = checkpoints, progress.rows
+        if progress.step:
+            within = f" and {progress.step} steps in all" if progress.totals is not None else ""
+            print(f"{folder}: going on after epoch {len(rows)}{within}")
         if not (folder / "config.json").exists():
             write_json(folder / "config.json", settings | surroundings(command, device, settings["amp"]))
         write_metrics(folder, rows)
         self.events = start_events(folder, rows)
 
-    def add_epoch(
-        self, rows: list[dict[str, float]], model: nn.Module, optimizer: torch.optim.Optimizer, step: int
-    ) -> None:
-        """Prints and writes the last of `rows`. In this order a kill between two files costs nothing: what follows the
+    def add_epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Prints and writes the last row. In this order a kill between two files costs nothing: what follows the
         checkpoint is written again from its rows."""
+        rows = progress.rows
         print(epoch_line(rows[-1], self.settings["epochs"], self.evaluated_on), flush=True)
         if best_epoch(rows) == len(rows):
             save_weights(self.folder / "best.pt", model)
-        save_checkpoint(self.folder / "checkpoint.pt", model, optimizer, step, rows)
+        self.checkpoints.save(model, optimizer, progress)
         write_metrics(self.folder, rows)
         write_events(self.events, rows[-1])
 
-    def finish(self, rows: list[dict[str, float]], model: nn.Module) -> None:
+    def finish(self, rows: Sequence[dict[str, float]], model: nn.Module) -> None:
         """curve.png and summary.json, whose presence means that the run is complete."""
         self.events.close()
         draw_curve(self.folder, rows, self.folder.name, self.evaluated_on)
@@ -127,19 +127,6 @@ def write_json(path: Path, content: dict[str, object]) -> None:
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def changed_settings(folder: Path, settings: dict[str, object]) -> list[str]:
-    """'flag: old -> new' for each setting that differs from the run's config.json, where there is one."""
-    path = folder / "config.json"
-    if not path.exists():
-        return []
-    before = json.loads(path.read_text())
-    return [
-        f"{flag}: {before.get(flag)} -> {value}"
-        for flag, value in settings.items()
-        if flag not in PLACES and before.get(flag) != value
-    ]
-
-
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -168,14 +155,14 @@ def epoch_line(row: dict[str, float], epochs: int, evaluated_on: str) -> str:
     )
 
 
-def write_metrics(folder: Path, rows: list[dict[str, float]]) -> None:
+def write_metrics(folder: Path, rows: Sequence[dict[str, float]]) -> None:
     with replacing(folder / "metrics.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows({name: format(row[name], ".6g") for name in COLUMNS} for row in rows)
 
 
-def start_events(folder: Path, rows: list[dict[str, float]]) -> SummaryWriter:
+def start_events(folder: Path, rows: Sequence[dict[str, float]]) -> SummaryWriter:
     """A TensorBoard writer, with the rows so far in place of the folder's older event files."""
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
@@ -191,12 +178,12 @@ def write_events(writer: SummaryWriter, row: dict[str, float]) -> None:
     writer.flush()
 
 
-def best_epoch(rows: list[dict[str, float]]) -> int:
+def best_epoch(rows: Sequence[dict[str, float]]) -> int:
     """The epoch, counted from 1, of the highest accuracy; the first of equals."""
     return 1 + max(range(len(rows)), key=lambda index: rows[index]["test_top1"])
 
 
-def draw_curve(folder: Path, rows: list[dict[str, float]], title: str, evaluated_on: str) -> None:
+def draw_curve(folder: Path, rows: Sequence[dict[str, float]], title: str, evaluated_on: str) -> None:
     """curve.png: accuracy and loss over epochs, training beside evaluation."""
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(10, 4), layout="constrained")

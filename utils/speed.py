@@ -1,6 +1,7 @@
 """What makes every step faster, whatever it computes."""
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -9,12 +10,15 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
-def set_up(threads: int | None) -> None:
-    """`threads` for operations on the CPU (None: torch's choice), cuDNN's fastest algorithm for each shape, and memory
-    that is used again."""
+def set_up(threads: int | None, deterministic: bool) -> None:
+    """`threads` for operations on the CPU (None: torch's choice), cuDNN's fastest algorithm for each shape, or only
+    algorithms that give the same bits again, and memory that is used again."""
     if threads:
         torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    torch.use_deterministic_algorithms(deterministic)
     keep_freed_memory()
 
 

@@ -1,0 +1,230 @@
+"""What the user types wrong is one line on stderr that names the flag or the file, and exit code 2; what goes wrong the
+same and exit code 1. Nothing is half-written, nor lost."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+import train
+import train_imagenet
+from utils import photographs
+from utils.flags import run_script
+
+MAIN = {"train.py": train.main, "train_imagenet.py": train_imagenet.main}
+BOTH = tuple(MAIN)
+
+# What flag, with what value; what the line must name beside them.
+TYPED = [
+    (BOTH, ("--dist_prob", "1.5"), ("at least 0 and at most 1",)),
+    (BOTH, ("--dist_prob", "-0.1"), ()),
+    (BOTH, ("--dist_prob", "much"), ("number",)),
+    (BOTH, ("--dist_prob", "nan"), ()),
+    (BOTH, ("--alpha", "-1"), ()),
+    (BOTH, ("--alpha", "inf"), ()),
+    (BOTH, ("--block_size", "0"), ()),
+    (BOTH, ("--block_size", "2.5"), ("whole",)),
+    (BOTH, ("--momentum", "1"), ("below 1",)),
+    (BOTH, ("--lr", "0"), ("above 0",)),
+    (BOTH, ("--lr", "nan"), ()),
+    (BOTH, ("--weight_decay", "-1"), ()),
+    (BOTH, ("--label_smoothing", "1"), ("below 1",)),
+    (BOTH, ("--epochs", "0"), ()),
+    (BOTH, ("--batch_size", "0"), ()),
+    (BOTH, ("--batch_size", "1e3"), ("whole",)),
+    (BOTH, ("--warmup_epochs", "-1"), ()),
+    (BOTH, ("--seed", "-1"), ()),
+    (BOTH, ("--seed", str(2**64)), ("at most",)),
+    (BOTH, ("--threads", "0"), ("at least 1",)),
+    (BOTH, ("--save_minutes", "0"), ("above 0",)),
+    (BOTH, ("--method", "dropuot"), ("--method", "dropuot", "disout")),
+    (BOTH, ("--device", "cuda:99"), ()),
+    (BOTH, ("--device", "toaster"), ()),
+    (BOTH, ("--name", "a/b"), ()),
+    (BOTH, ("--epoch", "3"), ()),
+    (BOTH, ("--droprate", "3"), ()),
+    (BOTH, ("--evaluate", "nowhere.pt"), ()),
+    (BOTH, ("--evaluate", "."), ()),
+    (BOTH, ("--method", "dropout", "--compile"), ("anew",)),
+    (("train.py",), ("--augment", "autoaugment"), ("standard",)),
+    (("train.py",), ("--dataset", "mnist"), ("cifar100",)),
+    (("train.py",), ("--train_size", "-1"), ()),
+    (("train.py",), ("--train_size", "1000", "--holdout", "438"), ("--train_size", "1437")),
+    (("train.py",), ("--holdout", "1437"), ()),
+    (("train.py",), ("--depth", "55"), ("6n + 2",)),
+    (("train_imagenet.py",), ("--workers", "-1"), ()),
+    (("train_imagenet.py",), ("--image_size", "31"), ("at least 32",)),
+    (("train_imagenet.py",), ("--accumulate_steps", "0"), ()),
+    (("train_imagenet.py",), ("--augment", "mixup"), ("autoaugment",)),
+]
+
+
+@pytest.fixture
+def fails(tmp_path, photographs_folder, capsys):
+    """Runs a script that must stop with this exit code and one line on stderr, which is returned."""
+
+    def run_failing(script, flags, code):
+        small = {
+            "train.py": ["--dataset", "digits", "--depth", "8"],
+            "train_imagenet.py": ["--data", str(photographs_folder), "--image_size", "32", "--workers", "0"],
+        }
+        small = [
+            *small[script],
+            "--epochs",
+            "1",
+            "--batch_size",
+            "32",
+            "--output",
+            str(tmp_path / "results"),
+            "--name",
+            "run",
+        ]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_script(script, MAIN[script], [*small, *flags])
+        message = capsys.readouterr().err
+        assert stop.value.code == code
+        assert (message.count("\n") == 1 and message.startswith(f"{script}: ")) or "usage" not in message
+        assert "Traceback" not in message
+        return message
+
+    return run_failing
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [(script, flags, words) for scripts, flags, words in TYPED for script in scripts],
+    ids=lambda value: "_".join(value) if isinstance(value, tuple) else value,
+)
+def test_a_wrong_flag_is_named_before_any_data_is_read(fails, monkeypatch, tmp_path, script, flags, words):
+    for module in (train.data, photographs):
+        monkeypatch.setattr(module, "load", lambda *_: pytest.fail("data was read"))
+    message = fails(script, flags, 2)
+    named = [flag for flag in flags if (flag.startswith("--") and flag != "--method") or flag in words]
+    assert all(word in message for word in (*named, *words)), message
+    assert not (tmp_path / "results").exists()
+
+
+def cifar(root, change):
+    """The folder of CIFAR-10's files as the download leaves it, but with nonsense in them."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name in ("batches.meta", "test_batch", *(f"data_batch_{index}" for index in range(1, 6))):
+        (folder / name).write_bytes(b"nonsense")
+    change(folder)
+    return ("--dataset", "cifar10", "--data_root", str(root))
+
+
+def images(root, good, change):
+    shutil.copytree(good, root)
+    change(root)
+    return ("--data", str(root))
+
+
+def weights(path, content):
+    content(path)
+    return ("--evaluate", str(path))
+
+
+# Script, the flags for a folder and the good photographs, what the line must name.
+WENT_WRONG = {
+    "no CIFAR": ("train.py", lambda at, _: ("--dataset", "cifar10", "--data_root", str(at / "no")), "--data_root"),
+    "empty folder of CIFAR": ("train.py", lambda at, _: cifar(at / "x", lambda f: shutil.rmtree(f)), "--data_root"),
+    "CIFAR with a wrong MD5": ("train.py", lambda at, _: cifar(at / "x", lambda f: None), "cifar-10-batches-py"),
+    "a file of CIFAR missing": (
+        "train.py",
+        lambda at, _: cifar(at / "x", lambda f: (f / "test_batch").unlink()),
+        "cifar-10-batches-py",
+    ),
+    "no photographs": ("train_imagenet.py", lambda at, _: ("--data", str(at / "no")), "no/train"),
+    "no val": (
+        "train_imagenet.py",
+        lambda at, good: images(at / "x", good, lambda root: shutil.rmtree(root / "val")),
+        "x/val",
+    ),
+    "an empty train": (
+        "train_imagenet.py",
+        lambda at, good: images(at / "x", good, lambda root: [shutil.rmtree(c) for c in (root / "train").iterdir()]),
+        "x/train",
+    ),
+    "a class without images": (
+        "train_imagenet.py",
+        lambda at, good: images(at / "x", good, lambda root: [f.unlink() for f in (root / "train/red").iterdir()]),
+        "red",
+    ),
+    "other classes in val": (
+        "train_imagenet.py",
+        lambda at, good: images(at / "x", good, lambda root: (root / "val/red").rename(root / "val/green")),
+        "same folders",
+    ),
+    "a photograph that is none": (
+        "train_imagenet.py",
+        lambda at, good: images(at / "x", good, lambda root: (root / "train/red/00.jpg").write_bytes(b"none")),
+        "red/00.jpg",
+    ),
+    "a photograph cut short": (
+        "train_imagenet.py",
+        lambda at, good: images(at / "x", good, lambda root: os.truncate(root / "train/red/00.jpg", 900)),
+        "red/00.jpg",
+    ),
+    "an empty file of weights": ("train.py", lambda at, _: weights(at / "w.pt", lambda p: p.touch()), "w.pt"),
+    "weights of another network": (
+        "train.py",
+        lambda at, _: weights(at / "w.pt", lambda p: torch.save(nn.Linear(2, 2).state_dict(), p)),
+        "w.pt",
+    ),
+    "weights of another shape": (
+        "train_imagenet.py",
+        lambda at, _: weights(at / "w.pt", lambda p: torch.save({"conv1.weight": torch.zeros(1)}, p)),
+        "w.pt",
+    ),
+    "weights that are code": (
+        "train_imagenet.py",
+        lambda at, _: weights(at / "w.pt", lambda p: torch.save({"model": pytest.fail}, p)),
+        "w.pt",
+    ),
+    "weights that are a picture": (
+        "train.py",
+        lambda at, _: weights(at / "w.png", lambda p: Image.new("RGB", (9, 9)).save(p)),
+        "w.png",
+    ),
+    "output in a file": ("train.py", lambda at, _: ((at / "f").touch(), ("--output", str(at / "f")))[1], "f/run"),
+    "a file for a folder": (
+        "train.py",
+        lambda at, _: ((at / "run").touch(), ("--output", str(at)))[1],
+        "run",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WENT_WRONG)
+def test_what_goes_wrong_is_named_and_leaves_nothing_behind(fails, monkeypatch, tmp_path, photographs_folder, case):
+    def no_network(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
+    script, flags, word = WENT_WRONG[case]
+    message = fails(script, flags(tmp_path, photographs_folder), 1)
+    assert word in message
+    left = [path.name for path in (tmp_path / "results").rglob("*") if path.is_file()]
+    started = {".lock", "config.json", "metrics.csv"}  # of a run that --resume can go on with
+    assert not left or {name for name in left if not name.startswith("events")} == started
+
+
+@pytest.mark.parametrize("script", BOTH)
+@pytest.mark.parametrize("number", [13, 28, 30])  # permission denied, no space, read-only
+def test_an_output_folder_that_cannot_be_written_to_is_named(fails, monkeypatch, tmp_path, script, number):
+    """Injected, as nothing stops root."""
+
+    def fail(path, *_):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    message = fails(script, (), 1)
+    assert os.strerror(number) in message and "run/config.json" in message
+    assert [path.name for path in (tmp_path / "results/run").iterdir()] == [".lock"]

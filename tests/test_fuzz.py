@@ -1,0 +1,55 @@
+"""Disout on whatever shape, dtype, memory format, block, rate and reader hypothesis comes up with."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disout import Disout
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x,
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "every second": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "a part": lambda x: torch.cat([x, x + 1])[: len(x)],
+}
+
+
+@st.composite
+def cases(draw):
+    """A layer, its input, and the weight that reads it or None."""
+    sides = st.integers(1, 9)
+    shape = draw(st.one_of(st.tuples(st.integers(0, 4), st.integers(0, 6), sides, sides), st.tuples(sides, sides)))
+    dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    scale, offset = draw(st.sampled_from([0.0, 1e-3, 1.0, 10.0])), draw(st.sampled_from([0.0, 30.0]))
+    x = torch.randn(shape, generator=generator) * scale + offset
+    x = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](x.to(dtype))
+    rate = draw(st.one_of(st.sampled_from([0.0, 1e-6, 0.09, 1.0]), st.floats(0, 1)))
+    layer = Disout(rate, draw(st.integers(1, 11)), draw(st.sampled_from([0.0, 1.0, 20.0])), draw(st.booleans()))
+    channels, side = shape[1], draw(st.sampled_from([1, 3]))
+    weight = torch.randn(5, channels, *[side] * (2 * (len(shape) == 4)), generator=generator).to(dtype)
+    if len(shape) == 4 and channels and draw(st.booleans()):  # depthwise
+        weight = torch.randn(2 * channels, 1, side, side, generator=generator)
+    return layer, x, draw(st.sampled_from([weight, None])) if channels else None
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(cases())
+def test_whatever_comes_in(case):
+    layer, x, weight = case
+    assert layer.eval()(x, weight) is x
+    x.requires_grad_()
+    torch.manual_seed(0)
+    y = layer.train()(x, weight)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    assert y.isfinite().all()
+    if x.numel():
+        y.backward(torch.ones_like(y))
+        kept = x.grad != 0
+        share = kept.sum(dtype=torch.int32) / x.numel()
+        assert torch.equal(y[kept], (x / share)[kept])
+        torch.testing.assert_close(layer.distorted, 1 - share)
+        torch.testing.assert_close(x.grad[kept], (torch.ones_like(x) / share)[kept])
+        if layer.dist_prob == 0:
+            assert torch.equal(y, x)

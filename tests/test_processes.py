@@ -1,0 +1,163 @@
+"""What two processes do together against what one does alone."""
+
+import os
+import signal
+import socket
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from disout import Disout
+from models.resnet_cifar import ResNet
+from utils import photographs
+from utils.engine import evaluate, train_epoch
+from utils.interruptions import Interruptions, Stopped
+from utils.processes import join, largest, leave
+
+IMAGES, BATCH = 11, 7  # steps of 7 and 4 images: of the first, one process has 4, the other 3
+
+
+def network():
+    """A ResNet whose batch norms are frozen."""
+    torch.manual_seed(0)
+    model = ResNet(8)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda _mode=True: None
+    return model
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(IMAGES, 3, 32, 32, generator=generator), torch.arange(IMAGES) % 10
+
+
+def indices(rank, world):
+    """Of this process's batches in an epoch."""
+    sampler = photographs.EpochSampler([BATCH, IMAGES - BATCH], 1, 0, rank, world)
+    sampler.epoch = 3
+    return [[index for _, index in keys] for keys in sampler]
+
+
+def trained(model, batches, sizes, layers=(), **how):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    steps = {"first_step": 0, "total_steps": 100, "seed": 0, "layers": list(layers)}
+    scores = train_epoch(model, batches, sizes, optimizer, lr_at_step=lambda _: 0.0, **steps | how)
+    return scores, [parameter.grad.numpy() for parameter in model.parameters()]
+
+
+def work(rank, world, port, results):
+    """All that this process has to show."""
+    torch.set_num_threads(1)
+    if world > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in names.items()})
+    join(torch.device("cpu"))
+    images, labels = data()
+    found = {"indices": indices(rank, world)}
+
+    model = network()
+    keys = photographs.test_keys(IMAGES, 3, rank, world)
+    found["evaluated"] = evaluate(model, [(images[part], labels[part]) for part in ([i for _, i in k] for k in keys)])
+    batches = [(images[part], labels[part]) for part in found["indices"]]
+    parallel = DistributedDataParallel(model) if world > 1 else model
+    found["trained"], found["gradient"] = trained(parallel, batches[:1], [BATCH])
+
+    layer = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), Disout(0.5))
+    outputs = []
+    layer[2].register_forward_hook(lambda _module, _inputs, output: outputs.append(output.detach() == 0))
+    for _ in range(2):
+        trained(layer, [(images[:4], labels[:4])], [4], [(layer[2], 0.5)], first_step=90)
+        found["draws"] = [*found.get("draws", []), layer[2].distorted.item()]
+
+    def happen():
+        for step in range(9):
+            if step == 2 and rank == world - 1:  # one of them alone
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield images[:4], labels[:4]
+
+    saved = []
+    with Interruptions(60) as interruptions:
+        save = lambda step, _: saved.append(step) or interruptions.after_saving()  # noqa: E731
+        try:
+            trained(model, happen(), [4] * 9, save_is_due=interruptions.save_is_due, save=save)
+        except Stopped as stop:
+            found["stopped"] = saved, stop.exit_code
+
+    # A loss that is bad in one process alone
+    bad = images[:4] * (float("nan") if rank == world - 1 else 1)
+    try:
+        trained(model, [(images[:4], labels[:4]), (bad, labels[:4])], [4 * world] * 2)
+    except Exception as error:
+        found["diverged"] = str(error)
+    found["largest"] = largest(rank, 10 - rank)
+    leave()
+    results.put((rank, found))
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What one process found, and what each of two did."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("spawn")
+    of = {}
+    for world in (1, 2):
+        results = context.Queue()
+        children = [context.Process(target=work, args=(rank, world, port, results)) for rank in range(world)]
+        for child in children:
+            child.start()
+        of[world] = dict(results.get(timeout=120) for _ in children)
+        for child in children:
+            child.join()
+    return of[1][0], of[2][0], of[2][1]
+
+
+def test_two_evaluate_what_one_does(found):
+    one, *two = (result["evaluated"] for result in found)
+    assert two[0] == two[1]
+    assert all(one[name] == two[0][name] for name in one if name != "test_loss")
+    assert two[0]["test_loss"] == pytest.approx(one["test_loss"], rel=1e-6)
+
+
+def test_two_see_every_training_image_once_in_the_steps_of_one(found):
+    one, *two = (result["indices"] for result in found)
+    assert sorted(chain(*one)) == list(range(IMAGES))
+    assert [sorted(chain(*step)) for step in zip(*two, strict=True)] == [sorted(step) for step in one]
+    assert [len(step) for step in two[0]] == [4, 2] and [len(step) for step in two[1]] == [3, 2]
+
+
+def test_the_averaged_gradient_of_uneven_shards_is_that_of_one_process(found):
+    one, *two = found
+    for result in two:
+        for ours, theirs in zip(result["gradient"], one["gradient"], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert result["trained"]["train_images"] == one["trained"]["train_images"] == BATCH
+        assert result["trained"]["train_top1"] == one["trained"]["train_top1"]
+        assert result["trained"]["train_loss"] == pytest.approx(one["trained"]["train_loss"], rel=1e-6)
+
+
+def test_disout_draws_differently_in_each_and_the_same_again(found):
+    draws = [result["draws"] for result in found[1:]]
+    assert all(first == again for first, again in draws)
+    assert draws[0][0] != draws[1][0]
+    assert found[0]["draws"] == draws[0]  # the first process draws what one process does
+
+
+def test_they_stop_together_after_the_same_step(found):
+    assert [result["stopped"] for result in found] == [([3], 143)] * 3
+
+
+def test_a_loss_that_is_bad_in_one_stops_both(found):
+    assert all("loss is not finite in epoch 1, step 2 of 2" in result["diverged"] for result in found)
+
+
+def test_largest_is_of_all(found):
+    assert [result["largest"] for result in found] == [[0, 10], [1, 10], [1, 10]]
