@@ -22,11 +22,13 @@ def test_nothing_waits_for_the_device_within_an_epoch(monkeypatch, method, amp):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
     layers = [(layer, layer.dist_prob) for layer in regularizer_layers(model)]
 
-    def summed(totals):  # called after the last step
-        torch.cuda.set_sync_debug_mode("default")
-        return totals
+    first_not_finite = engine.first_not_finite
 
-    monkeypatch.setattr(engine, "summed", summed)
+    def after_the_last_step(*args):
+        torch.cuda.set_sync_debug_mode("default")
+        return first_not_finite(*args)
+
+    monkeypatch.setattr(engine, "first_not_finite", after_the_last_step)
 
     def train_epoch(epoch):
         batches = data.train_batches(train, mean, std, 128, "standard", 0, epoch)
