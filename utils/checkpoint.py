@@ -21,10 +21,9 @@ class Progress(NamedTuple):
 
     step: int = 0  # optimizer steps finished
     rows: tuple[dict[str, float], ...] = ()  # of metrics.csv, one a finished epoch
-    totals: Tensor | None = (
-        None  # of train_epoch's sums over the finished steps of an unfinished epoch, a row a process
-    )
-    seconds: float = 0.0  # spent in that epoch
+    # Of an epoch that is not finished: train_epoch's sums over its steps, a row a process, and the time it took so far.
+    totals: Tensor | None = None
+    seconds: float = 0.0
 
 
 class Checkpoints:
@@ -39,10 +38,8 @@ class Checkpoints:
         """A kill leaves at least one of the two files, whole. A file that could not be read takes nobody's place."""
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": self.settings}
         state |= progress._asdict() | {"rows": list(progress.rows)}
-        with replacing(self.last) as partial:
+        with replacing(self.last, self.previous if self.last_is_good else None) as partial:
             write(partial, state)
-            if self.last_is_good:
-                self.last.replace(self.previous)
         self.last_is_good = True
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:

@@ -15,14 +15,16 @@ class InUse(Exception):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Gives a path beside `path` to write to; what was written takes the place of `path` at the end of the block, or
-    is removed where the block raises."""
+    is removed where the block raises. What was there moves to `previous`, if that is given."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+        if previous:
+            path.replace(previous)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
