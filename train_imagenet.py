@@ -50,6 +50,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     args = parser.parse_args(argv)
     args.dataset, args.depth = Path(args.data).absolute().name, 50
     args.processes = int(os.environ.get("WORLD_SIZE", 1))  # batch norm and Disout see a process's share of a batch
+    if args.batch_size < 2 * args.processes * args.accumulate_steps:
+        parser.error("--batch_size: batch norm needs two images in each process and each of --accumulate_steps")
     return args, run_settings(args)
 
 
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> None:
     # Data
     train, test = photographs.load(args.data, args.augment, args.image_size, args.seed, args.skip_corrupt)
     parts = world * args.accumulate_steps
-    sizes = step_sizes(len(train), args.batch_size, smallest=parts)
+    sizes = step_sizes(len(train), args.batch_size, smallest=2 * parts)
     sampler = photographs.EpochSampler(sizes, args.accumulate_steps, args.seed, rank, world)
     train_loader = photographs.make_loader(train, sampler, args.workers, device)
     test_keys = photographs.test_keys(len(test), max(args.batch_size // parts, 1), rank, world)

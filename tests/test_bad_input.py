@@ -13,6 +13,7 @@ from torch import nn
 
 import train
 import train_imagenet
+from models.resnet_cifar import ResNet
 from utils import photographs
 from utils.flags import run_script
 
@@ -60,6 +61,8 @@ TYPED = [
     (("train_imagenet.py",), ("--workers", "-1"), ()),
     (("train_imagenet.py",), ("--image_size", "31"), ("at least 32",)),
     (("train_imagenet.py",), ("--accumulate_steps", "0"), ()),
+    (("train_imagenet.py",), ("--batch_size", "1"), ("two images",)),
+    (("train_imagenet.py",), ("--batch_size", "3", "--accumulate_steps", "2"), ("two images",)),
     (("train_imagenet.py",), ("--augment", "mixup"), ("autoaugment",)),
 ]
 
@@ -193,6 +196,16 @@ WENT_WRONG = {
         lambda at, _: weights(at / "w.png", lambda p: Image.new("RGB", (9, 9)).save(p)),
         "w.png",
     ),
+    "a config.json that is empty": (
+        "train.py",
+        lambda at, _: ((at / "run").mkdir(), (at / "run/config.json").touch(), ("--output", str(at), "--resume"))[-1],
+        "run/config.json",
+    ),
+    "weights of another depth": (
+        "train.py",
+        lambda at, _: weights(at / "w.pt", lambda p: torch.save(ResNet(14).state_dict(), p)),
+        "another depth",
+    ),
     "output in a file": ("train.py", lambda at, _: ((at / "f").touch(), ("--output", str(at / "f")))[1], "f/run"),
     "a file for a folder": (
         "train.py",
@@ -210,7 +223,8 @@ def test_what_goes_wrong_is_named_and_leaves_nothing_behind(fails, monkeypatch, 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
     script, flags, word = WENT_WRONG[case]
     message = fails(script, flags(tmp_path, photographs_folder), 1)
-    assert word in message
+    assert word in message and len(message) < 400
+    assert not (tmp_path / "no").exists()
     left = [path.name for path in (tmp_path / "results").rglob("*") if path.is_file()]
     started = {".lock", "config.json", "metrics.csv"}  # of a run that --resume can go on with
     assert not left or {name for name in left if not name.startswith("events")} == started

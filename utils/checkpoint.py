@@ -1,6 +1,7 @@
 """A run's checkpoint: everything that the next step depends on, in one file."""
 
 import io
+import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
     try:
         model.load_state_dict(state.get("model", state))
     except (AttributeError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} holds no weights of this network ({reason(error)})") from None
+        raise CheckpointError(
+            f"{path} holds no weights of this network ({reason(error)}): has it another depth or other classes?"
+        ) from None
 
 
 def write(path: Path, state: dict[str, object]) -> None:
@@ -105,10 +108,14 @@ def read(path: Path) -> object:
     except OSError:
         raise
     except Exception as error:  # the unpickler raises whatever it stumbles over
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason(error)})") from None
+        found = {EOFError: "it is empty", RuntimeError: "it is cut short or damaged"}
+        found |= {pickle.UnpicklingError: "it is no torch file, or has code in it"}
+        why = found.get(type(error), type(error).__name__)
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {why}") from None
 
 
 def reason(error: Exception) -> str:
-    """One line: of a list of mismatches the first."""
+    """One line, and not all of it: of a list of mismatches the first."""
     lines = (str(error) or type(error).__name__).splitlines()
-    return lines[min(len(lines) - 1, 1)].strip()
+    line = lines[min(len(lines) - 1, 1)].strip()
+    return line if len(line) < 90 else f"{line[:80]} ..."

@@ -69,10 +69,13 @@ def load(dataset: str, root: str | Path) -> tuple[Images, Images]:
     """
     if dataset == "digits":
         return load_digit_images()
+    made = not Path(root).exists()
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
     try:
         parts = [cls(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
+        if made and Path(root).is_dir() and not any(Path(root).iterdir()):
+            Path(root).rmdir()  # torchvision made it for the download
         raise FileNotFoundError(
             f"{dataset}: no intact files in {root} and no download ({error}): put the python version's folder "
             f"{cls.base_folder} from https://www.cs.toronto.edu/~kriz/cifar.html there, or name the folder that holds "

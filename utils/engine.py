@@ -72,8 +72,8 @@ def train_epoch(
             rate = dist_prob_at(bad, total_steps, max((final for _, final in layers), default=0.0))
             where = f"epoch {epoch + 1}, step {bad % len(step_sizes) + 1} of {len(step_sizes)}"
             raise Diverged(
-                f"a {what} is not finite in {where} (lr {lr_at_step(bad):g}, dist_prob {rate:g}): the checkpoint "
-                "before it stays; try a smaller --lr"
+                f"a {what} is not finite in {where} (lr {lr_at_step(bad):g}, dist_prob {rate:g}): a checkpoint from "
+                "before it stays; try a smaller --lr under another --name"
             )
 
     for step, size in enumerate(step_sizes[done:], first_step):

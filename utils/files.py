@@ -36,9 +36,13 @@ def lock_folder(folder: Path) -> TextIO:
 
     Raises:
         InUse: another process has locked it.
+        OSError: it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("a")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to ({error.strerror}): --output names the folder above it") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, a worker that outlives us does not have it
     except (BlockingIOError, PermissionError):

@@ -135,14 +135,22 @@ def check_folder(args: argparse.Namespace, settings: dict[str, object]) -> Path:
     folder = Path(args.output, args.name)
     if args.evaluate:
         if not Path(args.evaluate).is_file():
-            raise UsageError(f"argument --evaluate: there is no file {args.evaluate}")
+            hint = ": name its best.pt" if Path(args.evaluate).is_dir() else ""
+            raise UsageError(f"argument --evaluate: {args.evaluate} is no file{hint}")
     elif not args.resume and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise UsageError(f"{folder} holds a run already: add --resume to go on with it, or give another --name")
-    elif (config := folder / "config.json").exists() and (
-        changed := changed_settings(json.loads(config.read_text()), settings)
-    ):
+    elif changed := changed_settings(started_with(folder, settings), settings):
         raise UsageError(f"{folder} was started with other settings ({', '.join(changed)}): give another --name")
     return folder
+
+
+def started_with(folder: Path, settings: dict[str, object]) -> dict[str, object]:
+    """The settings in the folder's config.json; `settings` where there is none."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else settings
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): remove it, and --resume writes it again") from None
 
 
 def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
@@ -153,7 +161,8 @@ def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) 
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
     except (OSError, CheckpointError, ImageError) as error:
-        print(f"{script}: {str(error).splitlines()[-1]}", file=sys.stderr)  # the last line: also out of a worker
+        line = str(error).splitlines()[-1].split("ImageError: ")[-1]  # also out of a worker's traceback
+        print(f"{script}: {line}", file=sys.stderr)
         sys.exit(1)
     except Diverged as error:
         if is_first():

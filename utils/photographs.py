@@ -38,7 +38,10 @@ class Photographs(Dataset):
     """
 
     def __init__(self, folder: Path, transform: v2.Transform, seed: int, skip_corrupt: bool) -> None:
-        found = ImageFolder(folder)
+        try:
+            found = ImageFolder(folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder}: {str(error).split('. ')[0]}") from None
         self.samples, self.classes = found.samples, found.classes
         self.transform, self.seed, self.skip_corrupt = transform, seed, skip_corrupt
 
@@ -91,8 +94,10 @@ def load(
             )
     train = Photographs(Path(data, "train"), train_transform(augmentation, size), seed, skip_corrupt)
     test = Photographs(Path(data, "val"), test_transform(size), seed, skip_corrupt)
-    if train.classes != test.classes:
-        raise FileNotFoundError(f"{data}: train/ and val/ must have the same folders of classes")
+    if apart := sorted(set(train.classes) ^ set(test.classes)):
+        raise FileNotFoundError(
+            f"{data}: train/ and val/ must have the same folders of classes, and {apart[0]} is in one"
+        )
     return train, test
 
 

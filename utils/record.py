@@ -66,6 +66,8 @@ class Recorder:
         if progress.step:
             within = f" and {progress.step} steps in all" if progress.totals is not None else ""
             print(f"{folder}: going on after epoch {len(rows)}{within}")
+        if rows and not (folder / "best.pt").exists():
+            print(f"{folder}/best.pt is missing: there will be one if a later epoch is better")
         if not (folder / "config.json").exists():
             write_json(folder / "config.json", settings | surroundings(command, device, settings["amp"]))
         write_metrics(folder, rows)
