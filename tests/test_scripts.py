@@ -15,7 +15,7 @@ SCRIPTS = {
     "table2_cifar100": 3,
     "table3_imagenet": 10,
     "small_grid": 20,
-    "small_study": 6,
+    "small_study": 7,
     "photographs_study": 3,
 }
 
