@@ -31,6 +31,7 @@ from runs import (
 
 from utils.files import replacing
 
+MOST_CURVES = 10  # that a picture can show
 CONDITIONS = ("runs", "epochs", "minutes a run", "precision", "device")
 
 # Table -> (script that runs its rows, columns of metrics.csv, row -> (label, the paper's figures)). The paper's Table 3
@@ -100,7 +101,7 @@ def main() -> None:
         off_recipe = [run for run in members if all(differing(run, settings) for settings in on_recipe)]
         if off_recipe:
             sections += study_tables(grouped(off_recipe), has_script)
-        if any(len(run.rows) > 1 for run in members):
+        if any(len(run.rows) > 1 for run in members) and len(grouped(members)) <= MOST_CURVES:
             draw_study(folder / study / "accuracy.png", study, members)
             sections.append(f"![accuracy over epochs]({study}/accuracy.png)")
         if (folder / study / "complexity.csv").exists():
@@ -210,7 +211,7 @@ def markdown(lines: list[list[str]]) -> str:
 def draw_study(path: Path, title: str, runs: list[Run]) -> None:
     """Top-1 of the images evaluated over epochs, and how far that of training lies above it: a line a setting (the mean
     over seeds) and a band from the lowest to the highest seed."""
-    figure = Figure(figsize=(13, 5), layout="constrained")
+    figure = Figure(figsize=(13, 6), layout="constrained")
     accuracy, gap = figure.subplots(1, 2)
     for group in grouped(runs):
         epochs = range(1, len(group[0].rows) + 1)
@@ -229,7 +230,7 @@ def draw_study(path: Path, title: str, runs: list[Run]) -> None:
         axes.set(xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    accuracy.legend(fontsize="small")
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.suptitle(title)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=100)
