@@ -22,6 +22,7 @@ from runs import (
     difference,
     differing,
     grouped,
+    in_common,
     label,
     published_settings,
     read_runs,
@@ -144,12 +145,14 @@ def not_run(columns: dict[str, str], rows: dict[str, tuple], published: dict[str
 def study_tables(groups: list[list[Run]], has_script: bool) -> list[str]:
     """Runs off the published recipe: a sentence with what all settings share, a table with a row each, and their
     paired differences. The commands are left out where a script of the study's name has them."""
+    in_all = in_common(groups)
     lines = [["", "best", "last", "off the recipe in", *CONDITIONS, "command"]]
     for group in groups:
         apart = ", ".join(f"{name} {value}" for name, value in apart_from_recipe(group[0]).items())
-        cells = [label(group[0]), spread(group, Run.best, "test_top1"), spread(group, Run.last, "test_top1"), apart]
+        figures = [spread(group, measure, "test_top1") for measure in (Run.best, Run.last)]
+        cells = [label(group[0], in_all), *figures, apart]
         lines.append([*cells, *conditions(group), f"`{group[0].config['command']}`"])
-    shared, columns = [], list(zip(*lines, strict=True))
+    shared, columns = sorted(in_all - {"bfloat16"}), list(zip(*lines, strict=True))
     for column in columns[3:]:
         name, *cells = column
         if name == "command" and has_script:
@@ -166,7 +169,8 @@ def study_tables(groups: list[list[Run]], has_script: bool) -> list[str]:
             if last and last.pairs > 1:
                 words = last.in_words()
                 words += "" if words == best.in_words() else f"; best epoch: {best.in_words()}"
-                pairs.append([label(group[0]), label(other[0]), str(last), str(best), str(last.pairs), words])
+                names = [label(group[0], in_all), label(other[0], in_all)]
+                pairs.append([*names, str(last), str(best), str(last.pairs), words])
     if len(pairs) > 1:
         sections += ["Paired differences:", markdown(pairs)]
     return sections
@@ -213,11 +217,12 @@ def draw_study(path: Path, title: str, runs: list[Run]) -> None:
     over seeds) and a band from the lowest to the highest seed."""
     figure = Figure(figsize=(13, 6), layout="constrained")
     accuracy, gap = figure.subplots(1, 2)
-    for group in grouped(runs):
+    groups = grouped(runs)
+    for group in groups:
         epochs = range(1, len(group[0].rows) + 1)
         tested = [[row["test_top1"] for row in run.rows] for run in group]
         gaps = [[row["train_top1"] - row["test_top1"] for row in run.rows] for run in group]
-        name = f"{label(group[0])} ({len(group)} {'run' if len(group) == 1 else 'runs'})"
+        name = f"{label(group[0], in_common(groups))} ({len(group)} {'run' if len(group) == 1 else 'runs'})"
         for axes, curves in ((accuracy, tested), (gap, gaps)):
             mean, lowest, highest = (
                 [pick(values) for values in zip(*curves, strict=True)] for pick in (statistics.mean, min, max)

@@ -125,30 +125,47 @@ def in_bfloat16(run: Run) -> bool:
     return bool(run.config.get("amp"))
 
 
-def label(run: Run) -> str:
-    """The method, what it reads, and the precision."""
+def label(run: Run, shared: frozenset[str] = frozenset()) -> str:
+    """The method and what it reads, and what else a label says but for these."""
     of, parts = settings_in(run), [run.config["method"]]
     parts += [f"p {of['dist_prob']:g}"] if of["dist_prob"] else []
     parts += [f"block {of['block_size']}{' inside' if of['inside'] else ''}"] if of["block_size"] else []
     parts += [f"alpha {of['alpha']:g}"] if of["alpha"] else []
-    parts += [f"augment {of['augment']}"] if of["augment"] != "standard" else []
-    parts += [f"label smoothing {of['label_smoothing']:g}"] if of["label_smoothing"] else []
-    parts += ["bfloat16"] if in_bfloat16(run) else []
-    return ", ".join(parts)
+    return ", ".join(parts + [part for part in beside_method(run) if part not in shared])
+
+
+def beside_method(run: Run) -> list[str]:
+    """What a label says beside the method."""
+    of = settings_in(run)
+    found = [f"augment {of['augment']}"] if of["augment"] != "standard" else []
+    found += [f"label smoothing {of['label_smoothing']:g}"] if of["label_smoothing"] else []
+    return found + (["bfloat16"] if in_bfloat16(run) else [])
+
+
+def in_common(groups: list[list[Run]]) -> frozenset[str]:
+    """What several groups share beside the method, which need not stand in every label."""
+    of_groups = [frozenset(beside_method(group[0])) for group in groups]
+    return frozenset.intersection(*of_groups) if len(groups) > 1 else frozenset()
 
 
 def grouped(runs: list[Run]) -> list[list[Run]]:
     """The runs of each setting and precision, by seed; no regularizer first, then DropBlock."""
     order = {"none": 0, "dropblock": 1}
     found: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (order.get(run.config["method"], 2), label(run), run.config["seed"])):
+
+    def place(run: Run) -> tuple:
+        of = settings_in(run)
+        numbers = (of["dist_prob"] or 0, of["block_size"] or 0, of["alpha"] or 0)
+        return order.get(run.config["method"], 2), *numbers, label(run), run.config["seed"]
+
+    for run in sorted(runs, key=place):
         found.setdefault(label(run) + json.dumps(settings_in(run), sort_keys=True), []).append(run)
     return list(found.values())
 
 
 def references(group: list[Run], groups: list[list[Run]]) -> list[list[Run]]:
-    """The groups that a group is compared to: no regularizer, for Disout also DropBlock, and for bfloat16 the same in
-    float32. They share all settings that are not the method's."""
+    """The groups that a group is compared to: no regularizer, for Disout also DropBlock and Disout at the script's
+    default setting, and for bfloat16 the same in float32. They share all settings that are not the method's."""
     run, found = group[0], []
     for other in groups:
         method = other[0].config["method"]
@@ -156,10 +173,17 @@ def references(group: list[Run], groups: list[list[Run]]) -> list[list[Run]]:
             continue
         if in_bfloat16(other[0]) == in_bfloat16(run):
             baselines = {"none": (), "disout": ("none", "dropblock")}.get(run.config["method"], ("none",))
-            found += [other] if method in baselines else []
+            both_disout = method == run.config["method"] == "disout"
+            found += [other] if method in baselines or (both_disout and is_default(other[0])) else []
         elif in_bfloat16(run) and settings_in(other[0]) == settings_in(run):
             found.append(other)
     return found
+
+
+def is_default(run: Run) -> bool:
+    """Whether Disout has the script's own setting, which is the authors'."""
+    defaults, of = settings_of(shlex.split(run.config["command"])[:2]), settings_in(run)
+    return all(of[name] == defaults[name] for name in ("dist_prob", "alpha", "block_size", "inside"))
 
 
 def spread(runs: list[Run], measure: Measure, column: str) -> str:

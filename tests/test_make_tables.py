@@ -107,6 +107,21 @@ def test_a_study_has_paired_differences_in_numbers_and_words(publish, page):
     assert not any(key[0] == "none" for key in found if isinstance(key, tuple))
 
 
+def test_other_settings_of_disout_are_also_compared_to_the_scripts_own_and_a_label_says_what_differs(publish, page):
+    default = ROWS["disout"] | {"epochs": 2, "augment": "none"}
+    for seed in (0, 1):
+        publish("mine", "disout", default, seed, (80, 80 + seed))
+        publish("mine", "inside", default | {"inside": True}, seed, (80, 82 + seed))
+        publish("mine", "alpha", default | {"alpha": 20.0}, seed, (80, 79 + seed))
+    section = page()["mine"]
+    found = rows_of(section)
+    assert "All rows: augment none; off the recipe in epochs 2" in section
+    disout = "disout, p 0.09, block 6, alpha 5"
+    pairs = [key for key in found if isinstance(key, tuple) and key[0]]
+    assert pairs == [("disout, p 0.09, block 6 inside, alpha 5", disout), ("disout, p 0.09, block 6, alpha 20", disout)]
+    assert found[pairs[0]][2] == "+2.00 (+2.00 to +2.00)"
+
+
 def test_precision_is_no_other_setting_in_a_paper_table_and_a_row_of_its_own_in_a_study(publish, page):
     bfloat16 = {"amp": True, "precision": "bfloat16 autocast"}
     publish("table2_cifar10", "none", ROWS["none"], 0, (90, 90))
