@@ -10,9 +10,12 @@ That is the term which the paper's bound adds up over layers, as an empirical Ra
 
 for the n evaluated images x_i, random signs sigma_i, and the outputs f_k of a convolution that reads a map which Disout
 distorts; the mean over 100 draws of the signs, over the positions of the map, and over all such convolutions. Weights
-before a batch norm have an arbitrary scale, so it is given relative to the outputs' root mean square too. It then draws
-complexity.png: the accuracy over rate and alpha, and complexity and gap over alpha; alpha 0 is DropBlock with the block
-size of Disout.
+before a batch norm have an arbitrary scale, so it is given relative to the outputs' root mean square too. The column
+distortion is the size of the distortion that the trained weights give, the deviation of d relative to that of the map:
+alpha times the root mean square of the strength over channels and signs, the mean over these convolutions.
+
+It then draws complexity.png: the accuracy over rate and alpha, and complexity and gap over alpha; alpha 0 is DropBlock
+with the block size of Disout.
 """
 
 import csv
@@ -24,6 +27,7 @@ from matplotlib.figure import Figure
 from runs import load_trained
 from torch import Tensor, nn
 
+from disout import strength
 from models.resnet_cifar import ResNet
 from utils.data import test_batches
 from utils.engine import evaluate
@@ -31,7 +35,7 @@ from utils.files import replacing
 
 DRAWS = 100
 SETTINGS = ("method", "dist_prob", "block_size", "alpha", "augment", "seed")
-MEASURED = ("train_top1", "test_top1", "gap", "complexity", "relative_complexity")
+MEASURED = ("train_top1", "test_top1", "gap", "complexity", "relative_complexity", "distortion")
 
 
 def main() -> None:
@@ -60,7 +64,9 @@ def measure(run: Path) -> dict[str, object]:
     with Complexity(readers(model), len(test.labels)) as complexity:
         test_top1 = evaluate(model, test_batches(test, mean, std))["test_top1"]
     absolute, relative = complexity.result()
-    measured = dict(zip(MEASURED, (train_top1, test_top1, train_top1 - test_top1, absolute, relative), strict=True))
+    distortion = config["alpha"] * sum(size_of_strength(layer.weight) for layer in readers(model)) / len(readers(model))
+    figures = (train_top1, test_top1, train_top1 - test_top1, absolute, relative, distortion)
+    measured = dict(zip(MEASURED, figures, strict=True))
     settings = {name: config[name] for name in SETTINGS}
     return {"run": run.name} | settings | {name: f"{value:.6g}" for name, value in measured.items()}
 
@@ -69,6 +75,13 @@ def readers(model: ResNet) -> list[nn.Module]:
     """The convolutions that read a map of the places where Disout acts."""
     second = [block.conv2 for block in model.layer3]
     return second + [block.conv1 for block in list(model.layer3)[1:]]
+
+
+def size_of_strength(weight: Tensor) -> float:
+    """Root mean square over the channels, and over draws of the signs."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (DRAWS, *weight.shape[1:]), generator=generator) * 2 - 1
+    return float(torch.stack([strength(weight, draw) for draw in signs]).square().mean().sqrt())
 
 
 class Complexity:

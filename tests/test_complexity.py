@@ -44,6 +44,13 @@ def test_it_does_not_depend_on_the_batches_and_grows_with_the_weights():
     assert measured(layer, images, 20) == pytest.approx((2 * whole[0], whole[1]))
 
 
+def test_the_size_of_the_distortion_is_the_root_mean_square_of_the_strength():
+    weight = torch.randn(5, 40, 3, 3, generator=torch.Generator().manual_seed(0))
+    # independent signs: the mean of the square is the mean of the squares of the channel's maxima, over 9
+    expected = (weight.amax(0).square().mean() / 9).sqrt().item()
+    assert complexity.size_of_strength(weight) == pytest.approx(expected, rel=0.05)
+
+
 def test_of_runs_it_writes_a_row_each_and_the_picture(run, monkeypatch):
     small = ["--train_size", "100", "--holdout", "50", "--epochs", "1", "--augment", "none"]
     run(*small, "--method", "none", name="none")
@@ -58,6 +65,7 @@ def test_of_runs_it_writes_a_row_each_and_the_picture(run, monkeypatch):
     for row in rows.values():
         assert float(row["gap"]) == pytest.approx(float(row["train_top1"]) - float(row["test_top1"]), abs=1e-3)
         assert float(row["train_top1"]) <= 100 and float(row["complexity"]) > 0
+        assert (float(row["distortion"]) > 0) == (row["method"] == "disout")
     assert (folder / "complexity.png").stat().st_size > 10_000
 
 
