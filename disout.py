@@ -22,12 +22,14 @@ What it costs
 
 import math
 from numbers import Integral, Real
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 # What takes the place of strength() where no layer reads the map next (authors' code).
 NO_READER_STRENGTH = 0.01
+Rate = TypeVar("Rate", Tensor, float)
 
 
 class Disout(nn.Module):
@@ -50,6 +52,8 @@ class Disout(nn.Module):
 
             On 8 x 8 at dist_prob 0.09, 7.61 % of the elements are distorted on average as the authors place blocks, and
             8.57 % inside (9 % but for overlaps).
+        features_last: the features are the last dimension of the input, as linear and recurrent layers leave them, not
+            the second.
 
     Attributes:
         distorted: 0-dim tensor, the share of elements distorted in the last training forward.
@@ -57,10 +61,26 @@ class Disout(nn.Module):
     Raises:
         ValueError: naming the argument and its value, where it makes no sense.
 
-    Source: the authors' code; the paper for the element-wise case. `inside` is ours.
+    Source: the authors' code; the paper for the element-wise case. `inside` and `features_last` are ours.
     """
 
-    def __init__(self, dist_prob: float, block_size: int = 6, alpha: float = 1.0, inside: bool = False) -> None:
+    block_size: int
+    alpha: float
+    inside: bool
+    features_last: bool
+    distorted: Tensor
+    _dist_prob: Tensor
+    _prob: float
+    _largest_prob: float
+
+    def __init__(
+        self,
+        dist_prob: float,
+        block_size: int = 6,
+        alpha: float = 1.0,
+        inside: bool = False,
+        features_last: bool = False,
+    ) -> None:
         super().__init__()
         if not isinstance(block_size, Integral) or block_size < 1:
             raise ValueError(f"block_size must be a whole number of at least 1, not {block_size!r}")
@@ -69,6 +89,7 @@ class Disout(nn.Module):
         self.block_size = block_size
         self.alpha = float(alpha)
         self.inside = inside
+        self.features_last = features_last
         # A tensor, so that a compiled network does not recompile with every rate; not in the state dict, so that the
         # layer can be put into a trained network and taken out again.
         self.register_buffer("_dist_prob", torch.zeros(()), persistent=False)
@@ -90,20 +111,23 @@ class Disout(nn.Module):
 
     def forward(self, x: Tensor, next_weight: Tensor | None = None) -> Tensor:
         """Args:
-            x: feature map (N, C, H, W), or features (N, F), which count as maps of 1 x 1. Any floating-point dtype.
+            x: feature map (N, C, H, W), (N, C, L), or features (N, F), which count as maps of 1 x 1; with
+                `features_last` (N, H, W, C) and (N, L, F). Any floating-point dtype.
             next_weight: weight of the convolution (out, C/groups, k, k) or linear layer (out, C) that reads `x` next.
                 It takes no gradient. None where nothing reads it: the strength is then 0.01.
 
         Returns: tensor of x's shape and dtype; in evaluation x itself.
         """
-        if x.dim() not in (2, 4) or not x.is_floating_point():
-            raise ValueError(f"x must be floating-point, (N, C, H, W) or (N, F), not {x.dtype} {tuple(x.shape)}")
+        if x.dim() not in (2, 3, 4) or not x.is_floating_point():
+            raise ValueError(f"x must be floating-point, of 2, 3 or 4 dimensions, not {x.dtype} {tuple(x.shape)}")
         if not self.training or x.numel() == 0:
             return x
-        maps = x if x.dim() == 4 else x[:, :, None, None]
+        maps = x.movedim(-1, 1) if self.features_last else x
+        maps = maps[(...,) + (None,) * (4 - x.dim())]
         if not maps.is_contiguous(memory_format=torch.channels_last):
             maps = maps.contiguous()
-        n, channels, *size = maps.shape
+        n, channels, *sides = maps.shape
+        size = (sides[0], sides[1])
 
         # What is distorted
         rate, valid = seed_rate(self._dist_prob, size, self.block_size)
@@ -114,23 +138,22 @@ class Disout(nn.Module):
         keep = keep_mask(elements, no_seed, maps)
 
         # By what
-        s = NO_READER_STRENGTH
+        s: Tensor | float = NO_READER_STRENGTH
         if next_weight is not None:
             signs = torch.randint(0, 2, (channels, *next_weight.shape[2:]), device=x.device) * 2 - 1
             s = strength(next_weight, signs).index_select(0, channel)[:, None]
         noise = torch.randn(elements.shape, device=x.device) if self.alpha else torch.zeros((), device=x.device)
         y, share = distort(maps, keep, elements, noise, s, self.alpha)
         self.distorted.copy_(1 - share)
-        return y if x.dim() == 4 else y.flatten(1)
+        y = y.view(y.shape[: x.dim()])
+        return y.movedim(1, -1) if self.features_last else y
 
     def extra_repr(self) -> str:
-        inside = ", inside=True" if self.inside else ""
-        return f"dist_prob={self.dist_prob:g}, block_size={self.block_size}, alpha={self.alpha:g}{inside}"
+        more = "".join(f", {name}=True" for name in ("inside", "features_last") if getattr(self, name))
+        return f"dist_prob={self.dist_prob:g}, block_size={self.block_size}, alpha={self.alpha:g}{more}"
 
 
-def seed_rate(
-    dist_prob: Tensor | float, size: tuple[int, int], block_size: int
-) -> tuple[Tensor | float, tuple[int, int]]:
+def seed_rate(dist_prob: Rate, size: tuple[int, int], block_size: int) -> tuple[Rate, tuple[int, int]]:
     """The probability of a seed, gamma = p * H * W / b^2 / ((H - b + 1)(W - b + 1)), and the size
     (H - b + 1, W - b + 1) of the region that seeds are drawn in, whose first row is row b // 2 of the map.
 
@@ -172,14 +195,15 @@ def block_elements(seeds: Tensor, x: Tensor, block_size: int, inside: bool = Fal
     Returns: int64 (S, b * b), where the elements lie in the memory of x (a block that the map's edge cuts names some
     twice), and int64 (S,), the channel that each block is in.
     """
-    _, channels, *size = x.shape
-    (block_h, block_w), device = _cut(block_size, size), seeds.device
+    _, channels, *sides = x.shape
+    size, device = (sides[0], sides[1]), seeds.device
+    block_h, block_w = _cut(block_size, size)
     valid_h, valid_w = size[0] - block_h + 1, size[1] - block_w + 1
     maps, rest = _divide(seeds, valid_h * valid_w)
     n, channel = _divide(maps, channels)
     row, column = _divide(rest, valid_w)
     # The authors shift an even side by one, but not in a block that covers the whole map.
-    shifted = not inside and [block_h, block_w] != size
+    shifted = not inside and (block_h, block_w) != size
     first_h, first_w = int(shifted and block_h % 2 == 0), int(shifted and block_w % 2 == 0)
     rows = row[:, None] + torch.arange(first_h, first_h + block_h, device=device)
     columns = column[:, None] + torch.arange(first_w, first_w + block_w, device=device)
@@ -251,14 +275,14 @@ class _Replaced(torch.autograd.Function):
     """x / divisor, with `values` in place of its `elements`, where keep is 0."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, keep: Tensor, divisor: Tensor, elements: Tensor, values: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, keep: Tensor, divisor: Tensor, elements: Tensor, values: Tensor) -> Tensor:
         ctx.save_for_backward(keep, divisor)
         y = x / divisor
         _in_memory(y).scatter_(0, elements.flatten(), values.to(y.dtype).expand(elements.shape).flatten())
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         keep, divisor = ctx.saved_tensors
         return keep.to(grad.dtype).mul_(grad).div_(divisor), None, None, None, None
 
@@ -269,7 +293,8 @@ def deviation(x: Tensor) -> Tensor | float:
         return 0.0
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     norms = torch.linalg.vector_norm(x - x.mean(), dim=(1, 2, 3))  # one a sample: few terms, for precision
-    return torch.linalg.vector_norm(norms) / math.sqrt(x.numel() - 1)
+    norm: Tensor = torch.linalg.vector_norm(norms)
+    return norm / math.sqrt(x.numel() - 1)
 
 
 def _in_memory(x: Tensor) -> Tensor:

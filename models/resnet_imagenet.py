@@ -76,7 +76,7 @@ class Bottleneck(nn.Module):
         self.shortcut = regularizer("shortcut", scale) if regularizer else None
 
     def forward(self, x: Tensor, next_weight: Tensor | None) -> Tensor:
-        shortcut = self.downsample(x) if self.downsample else x
+        inputs = x
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         if self.inner1:
             x = self.inner1(x, self.conv2.weight)
@@ -86,6 +86,7 @@ class Bottleneck(nn.Module):
         x = self.bn3(self.conv3(x))
         if self.branch:
             x = self.branch(x, next_weight)
+        shortcut = self.downsample(inputs) if self.downsample else inputs
         if self.shortcut:
             shortcut = self.shortcut(shortcut, next_weight)
         return F.relu(x.add_(shortcut), inplace=True)

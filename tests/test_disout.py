@@ -361,7 +361,8 @@ def test_state_dict_is_empty_and_dist_prob_is_one_tensor(x):
         (lambda: Disout(0.1, block_size=2.5), ("block_size", "2.5")),
         (lambda: Disout(0.1, alpha=-1), ("alpha", "-1")),
         (lambda: Disout(0.1, alpha=math.inf), ("alpha", "inf")),
-        (lambda: Disout(0.1)(torch.zeros(2, 3, 4)), ("x", "(2, 3, 4)")),
+        (lambda: Disout(0.1)(torch.zeros(2)), ("x", "(2,)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 3, 4, 4, 4)), ("x", "(2, 3, 4, 4, 4)")),
         (lambda: Disout(0.1)(torch.zeros(2, 3, 4, 4, dtype=torch.int64)), ("x", "int64")),
         (lambda: Disout(0.1)(torch.zeros(2, 3, 8, 8), torch.zeros(6, 4, 3, 3)), ("next_weight", "(6, 4, 3, 3)")),
         (lambda: Disout(0.1)(torch.zeros(2, 3, 8, 8), torch.zeros(6)), ("next_weight", "(6,)")),
@@ -374,11 +375,35 @@ def test_nonsense_is_a_value_error_that_names_argument_and_value(make, words):
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize("shape", [(64, 10, 30), (64, 10, 5, 5), (64, 10)])
+def test_features_last_are_the_same_in_another_order(shape):
+    weight = torch.randn(7, 10)
+    first, last = Disout(0.3, 3, 5.0), Disout(0.3, 3, 5.0, features_last=True)
+    x = torch.randn(shape)
+    torch.manual_seed(0)
+    expected = first(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x, weight)
+    torch.manual_seed(0)
+    y = last(x.movedim(1, -1).contiguous(), weight)
+    assert torch.equal(y.movedim(-1, 1), expected)
+    assert y.shape == x.movedim(1, -1).shape and last.distorted == first.distorted > 0
+
+
+def test_blocks_of_a_sequence_are_stretches_of_one_feature():
+    x = torch.ones(1000, 4, 12)
+    layer = Disout(0.1, 3, 0.0)
+    dropped = layer(x) == 0
+    covered = torch.tensor([1, 2, *[3] * 8, 2, 1])  # the blocks that an element can be in
+    assert dropped.float().mean() == pytest.approx((1 - (1 - 0.1 * 12 / 3 / 10) ** covered).mean().item(), abs=0.01)
+    runs = torch.nn.functional.pad(dropped, (1, 1)).float().diff().abs().sum() / 2
+    assert dropped.sum() / runs >= 3
+    assert dropped.any(2).sum() < dropped.any(2).numel() / 2
+
+
 def test_the_file_can_be_copied_alone():
     tree = ast.parse(Path(disout.__file__).read_text())
     imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imports |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imports <= {"math", "numbers", "torch"}
+    assert imports <= {"math", "numbers", "typing", "torch"}
 
 
 def test_distort_leaves_its_arguments_alone(x):

@@ -19,7 +19,8 @@ LAYOUTS = {
 def cases(draw):
     """A layer, its input, and the weight that reads it or None."""
     sides = st.integers(1, 9)
-    shape = draw(st.one_of(st.tuples(st.integers(0, 4), st.integers(0, 6), sides, sides), st.tuples(sides, sides)))
+    maps, sequences = (st.tuples(st.integers(0, 4), st.integers(0, 6), *[sides] * count) for count in (2, 1))
+    shape = draw(st.one_of(maps, sequences, st.tuples(sides, sides)))
     dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     scale, offset = draw(st.sampled_from([0.0, 1e-3, 1.0, 10.0])), draw(st.sampled_from([0.0, 30.0]))
@@ -28,9 +29,11 @@ def cases(draw):
     rate = draw(st.one_of(st.sampled_from([0.0, 1e-6, 0.09, 1.0]), st.floats(0, 1)))
     layer = Disout(rate, draw(st.integers(1, 11)), draw(st.sampled_from([0.0, 1.0, 20.0])), draw(st.booleans()))
     channels, side = shape[1], draw(st.sampled_from([1, 3]))
-    weight = torch.randn(5, channels, *[side] * (2 * (len(shape) == 4)), generator=generator).to(dtype)
-    if len(shape) == 4 and channels and draw(st.booleans()):  # depthwise
-        weight = torch.randn(2 * channels, 1, side, side, generator=generator)
+    weight = torch.randn(5, channels, *[side] * (len(shape) - 2), generator=generator).to(dtype)
+    if len(shape) > 2 and channels and draw(st.booleans()):  # depthwise
+        weight = torch.randn(2 * channels, 1, *[side] * (len(shape) - 2), generator=generator)
+    if draw(st.booleans()):
+        layer.features_last, x = True, x.movedim(1, -1)
     return layer, x, draw(st.sampled_from([weight, None])) if channels else None
 
 

@@ -1,0 +1,213 @@
+"""Puts Disout into a network that knows nothing of it, and takes it out again.
+
+    handle = attach(torchvision.models.resnet50(), "layer[34].*.conv?", dist_prob=0.07, block_size=7, alpha=1.0)
+    print(handle)  # what reads each map
+    ...
+    handle.set_dist_prob(0.07 * step / (steps - 1))  # before each training step
+    ...
+    handle.remove()
+
+The strength of the distortion comes from the weight that reads the map next, so `attach` follows the map through the
+network, with torch.fx, to the layer that reads it first. It does not guess: where it cannot tell,
+it says so, and how to name the reader.
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from itertools import count
+from typing import Any, Literal, cast
+
+from torch import Tensor, fx, nn
+
+from disout import Disout
+from disout_readers import CONVOLUTIONS, LAYERS, RECURRENT, Graph, Reader
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, Disout)
+
+
+class Hook:
+    """A forward hook that distorts what its module returns. An object, so that a deep copy of the network reads the
+    copy's weights."""
+
+    def __init__(self, layer: Disout, reader: Any, found: Reader | None, names: str) -> None:
+        self.layer, self.reader, self.found, self.names = layer, reader, found, names
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(module, RECURRENT):
+            return (self.distorted(output[0]), *output[1:])
+        return self.distorted(output)
+
+    def distorted(self, x: Any) -> Any:
+        if isinstance(x, fx.Proxy):  # a second `attach` follows its maps
+            return x
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{self.names}: only a map can be distorted, not a {type(x).__name__}")
+        return self.layer(x) if self.reader is None else self.layer(x, self.weight_for(x))
+
+    def weight_for(self, x: Tensor) -> Tensor:
+        """The part of the reader's weight, (out, C, ...), that reads the C channels of x."""
+        reader, last = self.reader, self.layer.features_last or x.dim() == 2
+        weight: Any = reader.weight_ih_l0 if isinstance(reader, RECURRENT) else reader.weight
+        channels = x.shape[-1] if last else x.shape[1]
+        total = self.found.total if self.found and self.found.total else channels
+        reads = weight.shape[1] * getattr(reader, "groups", 1)
+        # A linear layer that reads a flattened map is a convolution whose kernel is the whole map.
+        flattened = isinstance(reader, nn.Linear) and (self.found or not last) and reads % total == 0
+        if reads != total and not flattened:
+            raise ValueError(f"{self.names}: the map has {channels} channels, and this layer reads {reads}")
+        if reads != total:
+            weight = weight.view(weight.shape[0], total, -1)
+        if self.found and self.found.channels != self.found.total:
+            weight = weight[:, self.found.first : self.found.first + channels]
+        return cast(Tensor, weight)
+
+
+class Handle:
+    """What `attach` put into a network. As a context manager it takes it out at the end. copy.deepcopy((model, handle))
+    copies both together.
+
+    Attributes:
+        layers: the Disout layers under the names of the modules that they follow.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[str, Disout] = {}
+        self._readers: dict[str, str] = {}
+        self._places: list[tuple[Any, nn.Module, str]] = []
+
+    def set_dist_prob(self, dist_prob: float) -> None:
+        for layer in self.layers.values():
+            layer.dist_prob = dist_prob
+
+    def remove(self) -> None:
+        """The network is as it was. A second time it does nothing."""
+        for hook, host, name in self._places:
+            hook.remove()
+            delattr(host, name)
+        self._places.clear()
+        self.layers.clear()
+        self._readers.clear()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name} -> {reader}" for name, reader in self._readers.items())
+
+
+def attach(
+    model: nn.Module,
+    where: str | list[str],
+    dist_prob: float,
+    block_size: int = 6,
+    alpha: float = 1.0,
+    readers: Literal["auto"] | Mapping[str, str | None] | None = "auto",
+    features_last: bool | None = None,
+) -> Handle:
+    """Distorts, in training, what modules of `model` return. Its code, parameters and state dict stay as they are.
+
+    Args:
+        model: any network, as it will be trained: before it is compiled or wrapped for several processes, and after a
+            layer of it is exchanged. Forward hooks distort, which torch.fx drops and torch.jit.script refuses.
+        where: names of modules, or globs such as "layer[34].*.conv?". Each must be called once in a forward, and
+            return a map (N, C, ...), or (N, ..., C) as linear and recurrent layers do.
+        dist_prob, block_size, alpha: of each Disout.
+        readers: "auto" finds the weight that reads each map: that of the first convolution, linear or recurrent layer
+            in the order of use in training, with the defaults of the forward's optional arguments. A depthwise or
+            grouped convolution reads each channel with the kernels of its own group alone. A linear layer that reads a
+            flattened map counts as a convolution whose kernel is the whole map. A recurrent layer reads with
+            weight_ih_l0. A mapping names the readers of some maps, {"layer4.2.conv1": "layer4.2.conv2"}; None, for all
+            of them or for one, is the authors' constant where nothing reads the map.
+        features_last: whether the maps are (N, ..., C). None: as the network's graph, or the module's class, shows.
+
+    Returns: a handle that sets the rate of all layers, lists map -> reader when printed, and takes the layers out.
+
+    Raises:
+        ValueError: nothing has such a name, or the reader or the layout cannot be told; says why, and how to name it.
+            Also in the first forward, where a named reader reads another number of channels than the map has.
+    """
+    if type(model).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
+        raise ValueError("model: attach to the network itself, before it is wrapped or compiled")
+    modules = dict(model.named_modules())
+    patterns = [where] if isinstance(where, str) else list(where)
+    names = [name for name in modules if name and any(fnmatchcase(name, pattern) for pattern in patterns)]
+    for pattern in patterns or [""]:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"where: no module of the network is called {pattern!r}")
+    given = named_readers(readers, names, modules)
+    graph = None
+    try:
+        graph = Graph(model, names)
+    except ValueError:
+        if len(given) < len(names):
+            raise
+    found = graph.first_readers([name for name in names if name not in given]) if graph else {}
+
+    handle = Handle()
+    try:
+        for name in names:
+            if isinstance(modules[name], RECURRENT) and not modules[name].batch_first and block_size > 1:
+                raise ValueError(f"{name} is not batch_first, so blocks would lie across samples: say block_size=1")
+            last = is_features_last(name, modules[name], graph) if features_last is None else features_last
+            reader = found[name].name if name in found else given[name]
+            layer = Disout(dist_prob, block_size, alpha, features_last=last).train(model.training)
+            layer.to(device_of(modules[name]) or device_of(model))
+            host = host_of(modules[name], model)
+            attribute = next(free for free in map("disout{}".format, count()) if not hasattr(host, free))
+            host.add_module(attribute, layer)
+            hook = Hook(layer, reader and modules[reader], found.get(name), f"{name} -> {reader or 'no reader'}")
+            handle._places.append((modules[name].register_forward_hook(hook), host, attribute))
+            handle.layers[name] = layer
+            first_of = f" (first of {found[name].of})" if name in found and found[name].of > 1 else ""
+            handle._readers[name] = f"{reader or 'no reader'}{first_of}"
+    except ValueError:
+        handle.remove()
+        raise
+    return handle
+
+
+def named_readers(
+    readers: str | Mapping[str, str | None] | None, names: list[str], modules: dict[str, nn.Module]
+) -> dict[str, str | None]:
+    """Those that the user names."""
+    if readers is None:
+        return dict.fromkeys(names)
+    if isinstance(readers, str):
+        if readers != "auto":
+            raise ValueError(f'readers: must be "auto", None or a mapping, not {readers!r}')
+        return {}
+    for name, reader in readers.items():
+        if name not in names:
+            raise ValueError(f"readers: {name!r} is not among the modules that `where` names")
+        if reader is not None and not isinstance(modules.get(reader), LAYERS):
+            raise ValueError(f"readers: {reader!r} is no convolution, linear or recurrent layer of the network")
+    return dict(readers)
+
+
+def is_features_last(name: str, module: nn.Module, graph: Graph | None) -> bool:
+    """Whether the features are the last dimension of what a module returns."""
+    shown = graph.is_features_last(name) if graph else None
+    if shown is not None:
+        return shown
+    if isinstance(module, (nn.Linear, nn.Embedding, *RECURRENT)):
+        return True
+    if isinstance(module, (*CONVOLUTIONS, nn.BatchNorm1d, nn.BatchNorm2d)):
+        return False
+    raise ValueError(f"{name}: say features_last=False if it returns (N, C, ...), or True if (N, ..., C)")
+
+
+def host_of(module: nn.Module, model: nn.Module) -> nn.Module:
+    """Where a layer can be a submodule without being called: networks and containers may call all that is in them, but
+    a layer of torch.nn has nothing in it to call."""
+    for inner in [*module.modules(), *model.modules()]:
+        inside = [child for child in inner.children() if not isinstance(child, Disout)]
+        if type(inner).__module__.startswith("torch.nn.modules.") and not inside and not isinstance(inner, CONTAINERS):
+            return inner
+    return module
+
+
+def device_of(module: nn.Module) -> Any:
+    return next((parameter.device for parameter in module.parameters()), None)

@@ -1,0 +1,32 @@
+"""torch.hub.load(REPO, "resnet56_disout", source="local")"""
+
+from pathlib import Path
+
+import torch
+
+from models.regularizers import make_regularizer
+from models.resnet_cifar import ResNet
+
+dependencies = ["torch", "torchvision"]
+
+
+def resnet56_disout(
+    pretrained: bool = False,
+    num_classes: int = 10,
+    dist_prob: float = 0.09,
+    block_size: int = 6,
+    alpha: float = 5.0,
+) -> ResNet:
+    """ResNet-56 for 32 x 32 images with Disout in its last group, as train.py trains it; the defaults are the authors'
+    for CIFAR-10.
+
+    Raises:
+        FileNotFoundError: pretrained weights are asked for, and none are published for so many classes.
+    """
+    model = ResNet(56, num_classes, make_regularizer("disout", dist_prob, block_size, alpha, inside=False))
+    if pretrained:
+        path = Path(__file__).parent / f"results/published/weights/cifar{num_classes}-resnet56-disout.pt"
+        if not path.exists():
+            raise FileNotFoundError(f"there are no published weights for {num_classes} classes: {path}")
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return model

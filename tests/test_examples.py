@@ -1,0 +1,41 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+ROOT = Path(train.__file__).parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_readme_prints_the_examples_as_they_are(path):
+    assert f"```python\n{path.read_text()}```" in (ROOT / "README.md").read_text()
+
+
+def test_the_package_installs_modules_that_need_torch_alone(tmp_path):
+    """Without the network: the build's own requirements are installed already."""
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--quiet"]
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "LICENSE", "disout.py", "disout_attach.py", "disout_readers.py"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([*command, "--target", tmp_path / "installed", source], check=True)
+    assert {path.name for path in (tmp_path / "installed").glob("*.py")} == {
+        *("disout.py", "disout_attach.py", "disout_readers.py")
+    }
+    [metadata] = (tmp_path / "installed").glob("*.dist-info/METADATA")
+    assert [line for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist")] == [
+        "Requires-Dist: torch>=2.11"
+    ]
+
+
+def test_the_hub_gives_the_network(tmp_path, monkeypatch):
+    model = torch.hub.load(str(ROOT), "resnet56_disout", source="local", num_classes=100)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 861_428
+    assert [module.dist_prob for module in model.modules() if hasattr(module, "dist_prob")] == [0.09] * 18
+    with pytest.raises(FileNotFoundError, match="7 classes"):
+        torch.hub.load(str(ROOT), "resnet56_disout", source="local", num_classes=7, pretrained=True)
