@@ -33,6 +33,7 @@ from runs import (
 from utils.files import replacing
 
 MOST_CURVES = 10  # that a picture can show
+FEW = 4  # settings; of more, a picture shows those with the most seeds
 CONDITIONS = ("runs", "epochs", "minutes a run", "precision", "device")
 
 # Table -> (script that runs its rows, columns of metrics.csv, row -> (label, the paper's figures)). The paper's Table 3
@@ -102,8 +103,9 @@ def main() -> None:
         off_recipe = [run for run in members if all(differing(run, settings) for settings in on_recipe)]
         if off_recipe:
             sections += study_tables(grouped(off_recipe), has_script)
-        if any(len(run.rows) > 1 for run in members) and len(grouped(members)) <= MOST_CURVES:
-            draw_study(folder / study / "accuracy.png", study, members)
+        shown = to_draw(grouped(members))
+        if any(len(run.rows) > 1 for run in members) and len(shown) <= MOST_CURVES:
+            draw_study(folder / study / "accuracy.png", study, shown)
             sections.append(f"![accuracy over epochs]({study}/accuracy.png)")
         if (folder / study / "complexity.csv").exists():
             picture = f"![accuracy, gap and complexity over rate and alpha]({study}/complexity.png)"
@@ -212,12 +214,17 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
 
 
-def draw_study(path: Path, title: str, runs: list[Run]) -> None:
+def to_draw(groups: list[list[Run]]) -> list[list[Run]]:
+    """The groups; of more than a few, those with the most seeds."""
+    most = max(len(group) for group in groups)
+    return groups if len(groups) <= FEW else [group for group in groups if len(group) == most]
+
+
+def draw_study(path: Path, title: str, groups: list[list[Run]]) -> None:
     """Top-1 of the images evaluated over epochs, and how far that of training lies above it: a line a setting (the mean
-    over seeds) and a band from the lowest to the highest seed."""
+    over seeds) and a band from the lowest to the highest seed. The first third of training may lie below the axes."""
     figure = Figure(figsize=(13, 6), layout="constrained")
     accuracy, gap = figure.subplots(1, 2)
-    groups = grouped(runs)
     for group in groups:
         epochs = range(1, len(group[0].rows) + 1)
         tested = [[row["test_top1"] for row in run.rows] for run in group]
@@ -229,7 +236,8 @@ def draw_study(path: Path, title: str, runs: list[Run]) -> None:
             )
             [line] = axes.plot(epochs, mean, ".-", label=name)
             axes.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.2)
-    accuracy.set(ylabel="accuracy, %")
+    later = [row["test_top1"] for group in groups for run in group for row in run.rows[len(run.rows) // 3 :]]
+    accuracy.set(ylabel="accuracy, %", ylim=(min(later) - 2, max(later) + 2))
     gap.set(ylabel="accuracy while training, minus that on the left, %")
     for axes in (accuracy, gap):
         axes.set(xlabel="epoch")

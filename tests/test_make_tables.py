@@ -122,6 +122,12 @@ def test_other_settings_of_disout_are_also_compared_to_the_scripts_own_and_a_lab
     assert found[pairs[0]][2] == "+2.00 (+2.00 to +2.00)"
 
 
+def test_a_picture_of_many_settings_shows_those_with_the_most_seeds():
+    settings = [["a run"] * seeds for seeds in (8, 8, 4, 8, 4)]
+    assert make_tables.to_draw(settings) == [settings[0], settings[1], settings[3]]
+    assert make_tables.to_draw(settings[1:]) == settings[1:]
+
+
 def test_precision_is_no_other_setting_in_a_paper_table_and_a_row_of_its_own_in_a_study(publish, page):
     bfloat16 = {"amp": True, "precision": "bfloat16 autocast"}
     publish("table2_cifar10", "none", ROWS["none"], 0, (90, 90))
