@@ -126,7 +126,7 @@ def draw(path: Path, rows: list[dict[str, object]]) -> None:
     disout += [row for row in rows if row["method"] == "dropblock" and row["block_size"] in blocks]
     cells = {(row["dist_prob"], row["alpha"]): row for row in disout}
     rates, alphas = (sorted({cell[i] for cell in cells}) for i in (0, 1))
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    figure = Figure(figsize=(15, 5.2), layout="constrained")
     heat, *panels = figure.subplots(1, 3)
 
     grid = [[float(cells[p, a]["test_top1"]) if (p, a) in cells else float("nan") for a in alphas] for p in rates]
@@ -135,7 +135,7 @@ def draw(path: Path, rows: list[dict[str, object]]) -> None:
         for x, value in enumerate(line):
             heat.text(x, y, f"{value:.1f}", ha="center", va="center", color="white", backgroundcolor="#00000060")
     heat.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-    heat.set(ylabel="dist_prob", title="accuracy in the last epoch, %")
+    heat.set(ylabel="dist_prob", title="accuracy after the last epoch, %")
 
     titles = {"gap": "training minus evaluated accuracy, %", "complexity": "complexity of the next layer"}
     plain = [row for row in rows if row["method"] == "none" and row["augment"] == rows[0]["augment"]]
@@ -150,7 +150,8 @@ def draw(path: Path, rows: list[dict[str, object]]) -> None:
     for axes in (heat, *panels):
         axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
         axes.set(xlabel="alpha")
-    panels[0].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(rates) + 1)
+    figure.suptitle("one run a setting, in evaluation mode")
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=100)
 

@@ -92,7 +92,8 @@ def main() -> None:
         "last epoch, *best* that of the best epoch on the images evaluated, as the paper reports it, which flatters. "
         "± is the standard deviation over seeds. Differences are paired by seed, with a 95 % interval (Student's t) "
         "where there are two seeds or more; those of the paper's tables are of the best epochs. *Higher* and *lower* "
-        "are said where the interval leaves 0 out; of twenty such intervals one does by chance.",
+        "are said where the interval leaves 0 out. Intervals are not widened for their number: where there is no "
+        "difference, one of twenty leaves 0 out. Minutes are the median of the runs; some had other work beside them.",
     ]
     for study in sorted({run.study for run in runs}):
         members = [run for run in runs if run.study == study]
@@ -182,7 +183,7 @@ def conditions(runs: list[Run]) -> list[str]:
     """The cells under CONDITIONS."""
     if not runs:
         return ["0", "", "", "", ""]
-    minutes = statistics.mean(sum(row["seconds"] for row in run.rows) for run in runs) / 60
+    minutes = statistics.median(sum(row["seconds"] for row in run.rows) for run in runs) / 60
     precisions = {run.config.get("precision", "float32") for run in runs}
     devices = {device_of(run.config) for run in runs}
     return [
@@ -237,14 +238,14 @@ def draw_study(path: Path, title: str, groups: list[list[Run]]) -> None:
             [line] = axes.plot(epochs, mean, ".-", label=name)
             axes.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.2)
     later = [row["test_top1"] for group in groups for run in group for row in run.rows[len(run.rows) // 3 :]]
-    accuracy.set(ylabel="accuracy, %", ylim=(min(later) - 2, max(later) + 2))
-    gap.set(ylabel="accuracy while training, minus that on the left, %")
+    accuracy.set(ylabel="accuracy on the images evaluated, %", ylim=(min(later) - 2, max(later) + 2))
+    gap.set(ylabel="accuracy while training (distorted), minus that on the left, %")
     for axes in (accuracy, gap):
         axes.set(xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
-    figure.suptitle(title)
+    figure.suptitle(f"{title}: mean over seeds, and from the lowest to the highest")
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=100)
 

@@ -489,6 +489,11 @@ FORWARDS = {
         "a",
         None,
     ),
+    "a map that is stretched to something unknown": (
+        net(lambda n, x: n.b((n.a(x) + x).flatten(1)), a=conv(8, 1), b=linear(128, 3)),
+        "a",
+        None,
+    ),
     "named arguments of a concatenation": (
         net(lambda n, x: n.b(torch.concat(tensors=[x, n.a(x)], axis=1)), a=conv(3, 4), b=conv(7, 3)),
         "a",
@@ -575,9 +580,11 @@ def test_a_named_reader_that_does_not_fit_is_said_in_the_first_forward(model, x)
 
 def test_attaching_draws_no_random_number_and_leaves_buffers():
     model = timm.create_model("efficientnet_b0", num_classes=3)
+    by_chance = net(lambda n, x: n.a(x) * torch.rand(()).item(), a=conv(3, 3))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     attach(model, "blocks.1.0.conv_pw", 0.1)
+    attach(by_chance, "a", 0.1, readers=None)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
