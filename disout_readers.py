@@ -32,6 +32,7 @@ PRODUCTS = {"mul", "mul_", "imul"}
 CONCATENATIONS = {"cat", "concat", "concatenate"}
 LOOKS = {"size", "dim"}  # at the shape, not at the map
 ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
+# From a map to one number a channel.
 SQUEEZES = {"mean", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
 PERMUTATIONS = {(0, 2, 3, 1): ("first", "last"), (0, 3, 1, 2): ("last", "first")}  # of maps with two sides
 SWAPS = {(1, 2), (2, 1), (0, 2, 1)}  # of sequences
@@ -196,7 +197,7 @@ class Graph:
         """What makes a gate (1 x 1, as in squeeze-and-excitation) from a map and does nothing else."""
         behind, reached = ancestors([gate]), {start}
         for node in self.nodes:  # without a squeeze
-            if reached.intersection(node.all_input_nodes) and not self.squeezes(node):
+            if reached.intersection(node.all_input_nodes) and self.kind(node) not in SQUEEZES:
                 reached.add(node)
         if gate in reached:
             return set()
@@ -205,10 +206,6 @@ class Graph:
             if node in behind and elsewhere.intersection(node.users):
                 elsewhere.add(node)
         return behind - elsewhere
-
-    def squeezes(self, node: fx.Node) -> bool:
-        """A map to one number a channel."""
-        return self.kind(node) in SQUEEZES
 
     def fits(self, node: fx.Node, source: fx.Node, part: Part, flat: bool) -> bool:
         """Whether the layer reads the channels of its source one by one."""
