@@ -4,8 +4,8 @@
 # [SEEDS="0 1 2"] [JOBS=1] [DRY_RUN=1] bash scripts/photographs_study.sh [FLAG of train_imagenet.py...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"
-small="train_imagenet.py --data data/imagenette --image_size 64 --epochs 20 --batch_size 32 --lr 0.0125 --workers 1"
-run_rows results/photographs_study "$small --augment none --amp" "$@" <<'ROWS'
+small="train_imagenet.py --data data/imagenette --image_size 64 --epochs 10 --batch_size 32 --lr 0.0125 --workers 1"
+run_rows results/photographs_study "$small --augment none" "$@" <<'ROWS'
 none --method none
 dropblock --method dropblock --dist_prob 0.1 --block_size 7
 disout --method disout --dist_prob 0.07 --block_size 7 --alpha 1.0
