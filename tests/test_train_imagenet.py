@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -91,6 +92,23 @@ def test_evaluate_is_the_same_in_one_process_and_in_two(flags, tmp_path, capsys)
     line = capsys.readouterr().out
     assert f"top1 {read_json(tmp_path / 'one/summary.json')['best_top1']:.2f} %" in line
     assert line in finished(torchrun(arguments))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+def test_a_signal_to_every_process_stops_as_one_to_the_first(flags, tmp_path):
+    """As from a scheduler: the workers must outlive what their process has only noted."""
+    command = [sys.executable, SCRIPT, *flags("stopped", "--epochs", "400", "--workers", "2")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()  # the first epoch: all workers live
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    for pid in (*map(int, workers), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert message.count("\n") == 1 and "--resume" in message
+    assert (tmp_path / "stopped/checkpoint.pt").exists()
+    assert not any(Path("/proc", pid).exists() for pid in workers)
 
 
 def test_accumulated_parts_make_the_same_steps(flags, tmp_path):

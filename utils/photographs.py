@@ -5,8 +5,10 @@ same whatever the number of workers and processes.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import torch
 from PIL import Image
@@ -143,15 +145,23 @@ def test_keys(size: int, batch_size: int, rank: int, world: int) -> list[list[tu
 
 
 def make_loader(photographs: Photographs, keys: EpochSampler | list, workers: int, device: torch.device) -> DataLoader:
-    more = {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": leave_group} if workers else {}
+    more = {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": outlive_signals} if workers else {}
     # A generator of its own: starting an iterator draws from it, which must not shift what a step draws.
     more |= {"generator": torch.Generator(), "pin_memory": device.type == "cuda"}
     return DataLoader(photographs, batch_sampler=keys, num_workers=workers, **more)
 
 
-def leave_group(_worker: int) -> None:
-    """A terminal and torchrun signal whole process groups. The workers end with their process, once it has saved."""
+def outlive_signals(_worker: int) -> None:
+    """A worker ends with its process, once that has saved. A terminal and torchrun signal whole process groups, a
+    scheduler all processes: the first signal is left to the worker's process, the second ends the worker."""
     os.setpgrp()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, let_pass)
+
+
+def let_pass(_number: int, _frame: FrameType | None) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(0))
 
 
 def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
