@@ -16,8 +16,9 @@ Where the paper's formula went
 
 What it costs
     The whole map is passed over for its deviation, for the division by mean(keep) and for the mask. Seeds are few, so
-    only they are drawn, and noise only for their blocks. No tensor's shape depends on what was drawn and nothing waits
-    for the device, so a network with these layers compiles to one graph.
+    only they are drawn, and noise only for their blocks: always as many as chance can bring at the largest rate, so
+    that no tensor's shape depends on what was drawn. Nothing waits for the device, and a network with these layers
+    compiles to one graph.
 """
 
 import math
@@ -143,8 +144,8 @@ class Disout(nn.Module):
             signs = torch.randint(0, 2, (channels, *next_weight.shape[2:]), device=x.device) * 2 - 1
             s = strength(next_weight, signs).index_select(0, channel)[:, None]
         noise = torch.randn(elements.shape, device=x.device) if self.alpha else torch.zeros((), device=x.device)
-        y, share = distort(maps, keep, elements, noise, s, self.alpha)
-        self.distorted.copy_(1 - share)
+        y, kept_share = distort(maps, keep, elements, noise, s, self.alpha)
+        self.distorted.copy_(1 - kept_share)
         y = y.view(y.shape[: x.dim()])
         return y.movedim(1, -1) if self.features_last else y
 
@@ -172,8 +173,9 @@ def most_seeds(rate: float, places: int) -> int:
 
 
 def draw_seeds(rate: Tensor, places: int, most: int) -> tuple[Tensor, Tensor]:
-    """Makes each of `places` a seed with probability `rate`, independently, in time that grows with the seeds alone:
-    the gaps between the hits of a Bernoulli process are geometric, log(uniform) / log(1 - rate) rounded up.
+    """Makes each of `places` a seed with probability `rate`, independently, but no more than `most` of them, in time
+    that grows with `most` alone: the gaps between the hits of a Bernoulli process are geometric, log(uniform) /
+    log(1 - rate) rounded up.
 
     Returns: int64 (most,), the seeds in order, the first of them again in slots that are left over; and bool (1,), True
     where there is none: all slots are then of one place that is no seed.
@@ -193,7 +195,7 @@ def block_elements(seeds: Tensor, x: Tensor, block_size: int, inside: bool = Fal
         block_size, inside: as in `Disout`.
 
     Returns: int64 (S, b * b), where the elements lie in the memory of x (a block that the map's edge cuts names some
-    twice), and int64 (S,), the channel that each block is in.
+    twice; b is cut to the map, per side), and int64 (S,), the channel that each block is in.
     """
     _, channels, *sides = x.shape
     size, device = (sides[0], sides[1]), seeds.device
@@ -224,8 +226,8 @@ def keep_mask(elements: Tensor, no_seed: Tensor, x: Tensor) -> Tensor:
 
 
 def strength(next_weight: Tensor, signs: Tensor) -> Tensor:
-    """How strongly the next layer reads each channel: s_c = mean over k x k of (signs * max over out of W), the signed
-    maximum; a tenth of it where k = 1. No gradient flows into the weight.
+    """How strongly the next layer reads each channel, with a random sign: s_c = mean over k x k of
+    (signs * max over out of W), the signed maximum; a tenth of it where k = 1. No gradient flows into the weight.
 
     Args:
         next_weight: (out, C/groups, k, k), or (out, C) of a linear layer, which counts as k = 1.
@@ -253,7 +255,7 @@ def distort(
         x: (N, C, H, W), contiguous or channels_last.
         keep: uint8, the shape and memory format of x, from `keep_mask`.
         elements: int64 (S, b * b), from `block_elements`: those where keep is 0. If it is 0 nowhere, any of one block.
-        noise: standard normal, (S, b * b). Where blocks overlap, any of them gives the element its noise.
+        noise: standard normal, (S, b * b), or one number. Where blocks overlap, any of them gives an element its noise.
         strength: (S, 1), or one number for all channels.
         alpha: intensity.
 
@@ -262,13 +264,13 @@ def distort(
     gradient is keep / mean(keep), and only the mask and one number are kept for the backward pass.
     Source: the authors' code.
     """
-    share = keep.sum(dtype=torch.int32) / keep.numel()
-    divisor = torch.where(share > 0, share, 1.0)
+    kept_share = keep.sum(dtype=torch.int32) / keep.numel()
+    divisor = torch.where(kept_share > 0, kept_share, 1.0)
     # Without a seed all blocks are the first one, which is kept.
     kept, features = (_in_memory(tensor)[elements[0]] for tensor in (keep, x.detach()))
-    size = alpha * deviation(x.detach()) / divisor * strength * (1 - kept[:1])
-    values = torch.addcmul(kept * features.to(noise.dtype), noise, size)
-    return _Replaced.apply(x, keep, divisor, elements, values), share
+    scale = alpha * deviation(x.detach()) / divisor * strength * (1 - kept[:1])
+    values = torch.addcmul(kept * features.to(noise.dtype), noise, scale)
+    return _Replaced.apply(x, keep, divisor, elements, values), kept_share
 
 
 class _Replaced(torch.autograd.Function):

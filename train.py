@@ -41,7 +41,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     add("--depth", type=resnet_depth, default=56, help="of the ResNet, 6n + 2 (default: 56)")
     add("--augment", choices=data.AUGMENTS, default="standard", help="standard (default): crop, flip, rotation")
     add("--train_size", type=number(int, 0), default=0, help="train on N images, balanced over classes (default: all)")
-    add("--holdout", type=number(int, 0), default=0, help="evaluate on the N training images that follow instead")
+    add("--holdout", type=number(int, 0), default=0, help="evaluate on N more training images, not the test set")
     add_shared_flags(parser)
     parser.set_defaults(dist_prob=0.09, alpha=5.0, block_size=6)
     parser.set_defaults(epochs=200, batch_size=128, lr=0.1, weight_decay=5e-4, warmup_epochs=1)

@@ -1,4 +1,5 @@
-"""One epoch of training, one evaluation. Knows neither the data set, nor the network, nor the method."""
+"""One epoch of training, one evaluation. Knows neither the data set nor the network, and of the method only that its
+layers have a rate, `dist_prob`, and say what share they `distorted`."""
 
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -36,7 +37,7 @@ def train_epoch(
     save_is_due: Callable[[], bool] = lambda: False,
     save: Callable[[int, Tensor], None] | None = None,
 ) -> dict[str, float]:
-    """One pass over `batches`, an optimizer step each, or one in `accumulate_steps` of them.
+    """One pass over `batches`, an optimizer step for every `accumulate_steps` of them.
 
     Args:
         batches: this process's images (B, 3, H, W) and labels (B,), from `first_step` on; a label of -100 does not
@@ -44,15 +45,17 @@ def train_epoch(
         step_sizes: the images of each step of the epoch, of all batches and processes together.
         lr_at_step: learning rate of a step.
         layers: the regularizer's layers, each with the rate that it grows to.
-        first_step: steps before this one, out of `total_steps` in the whole run. Within an epoch it goes on with one,
-            whose `totals` until then it needs.
+        first_step: the step to begin with, of `total_steps` in the whole run, counted from 0. Where it lies within an
+            epoch, this goes on with that epoch.
+        totals: what `save` got at that step, where it lies within an epoch.
         amp: the network computes in bfloat16 where autocast says so; loss, weights and optimizer are float32.
         seed: with the step and the process's rank, it seeds the layers' draws, so that any step can be replayed.
         save_is_due: asked after every step; where it says so, `save` gets the number of finished steps and the totals,
             a row a process.
 
-    Returns: train_loss (cross-entropy without label smoothing), train_top1 (%), train_images that counted and
-    train_skipped that did not; lr and distorted (mean over layers, 0 without any) of the last step.
+    Returns: train_loss (cross-entropy without label smoothing) and train_top1 (%), both in training mode while the
+    weights change; train_images that counted and train_skipped that did not; lr and distorted (mean over layers, 0
+    without any) of the last step.
 
     Raises:
         Diverged: a loss or weight is not finite, which is looked at before saving and at the end.
@@ -111,8 +114,8 @@ def train_epoch(
 
 
 def first_not_finite(bad_step: Tensor, model: nn.Module, step: int) -> tuple[int, str] | None:
-    """The step, and 'loss' or 'weight', agreed between the processes: whether the loss was bad in one of them at
-    `bad_step`, if that is no later than `step`, or a weight is after `step`."""
+    """The step, and 'loss' or 'weight': where the loss was not finite first, in any of the processes (`bad_step` is
+    this one's, beyond `step` where there is none), or `step`, where a weight is not finite. All processes agree."""
     tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
     bad, bad_weight = largest(-int(bad_step), int(not finite))
@@ -145,5 +148,5 @@ def batch_sums(logits: Tensor, labels: Tensor, ks: tuple[int, ...]) -> Tensor:
     the numbers of images that count and that do not (label -100), float32."""
     logits = logits.float()
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    largest = logits.topk(min(max(ks), logits.shape[1])).indices == labels[:, None]
-    return torch.stack([loss, *(largest[:, :k].sum() for k in ks), (labels >= 0).sum(), (labels < 0).sum()])
+    hits = logits.topk(min(max(ks), logits.shape[1])).indices == labels[:, None]
+    return torch.stack([loss, *(hits[:, :k].sum() for k in ks), (labels >= 0).sum(), (labels < 0).sum()])
