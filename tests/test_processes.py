@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from itertools import chain
 
 import numpy as np
@@ -52,7 +53,7 @@ def trained(model, batches, sizes, layers=(), **how):
     return scores, [parameter.grad.numpy() for parameter in model.parameters()]
 
 
-def work(rank, world, port, results):
+def work(rank, world, port, results, first_has_saved):
     """All that this process has to show."""
     torch.set_num_threads(1)
     if world > 1:
@@ -84,11 +85,18 @@ def work(rank, world, port, results):
 
     saved = []
     with Interruptions(60) as interruptions:
-        save = lambda step, _: saved.append(step) or interruptions.after_saving()  # noqa: E731
+
+        def save(step, _totals):
+            saved.append(step)
+            if rank == 0:
+                time.sleep(0.5)
+                first_has_saved.set()
+            interruptions.after_saving()
+
         try:
             trained(model, happen(), [4] * 9, save_is_due=interruptions.save_is_due, save=save)
         except Stopped as stop:
-            found["stopped"] = saved, stop.exit_code
+            found["stopped"] = saved, stop.exit_code, first_has_saved.is_set()
 
     # A loss that is bad in one process alone
     bad = images[:4] * (float("nan") if rank == world - 1 else 1)
@@ -110,8 +118,10 @@ def found():
     context = mp.get_context("spawn")
     of = {}
     for world in (1, 2):
-        results = context.Queue()
-        children = [context.Process(target=work, args=(rank, world, port, results)) for rank in range(world)]
+        results, first_has_saved = context.Queue(), context.Event()
+        children = [
+            context.Process(target=work, args=(rank, world, port, results, first_has_saved)) for rank in range(world)
+        ]
         for child in children:
             child.start()
         of[world] = dict(results.get(timeout=120) for _ in children)
@@ -151,8 +161,8 @@ def test_disout_draws_differently_in_each_and_the_same_again(found):
     assert found[0]["draws"] == draws[0]  # the first process draws what one process does
 
 
-def test_they_stop_together_after_the_same_step(found):
-    assert [result["stopped"] for result in found] == [([3], 143)] * 3
+def test_they_stop_together_after_the_same_step_when_the_first_has_saved(found):
+    assert [result["stopped"] for result in found] == [([3], 143, True)] * 3
 
 
 def test_a_loss_that_is_bad_in_one_stops_both(found):

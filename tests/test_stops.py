@@ -66,9 +66,14 @@ def test_a_signal_saves_within_the_epoch_and_resume_is_exact(run, interrupted, c
         assert same(*(torch.load(folder / name, weights_only=True) for folder in (stopped, whole)))
 
 
-def test_the_second_signal_does_what_it_always_did():
-    with pytest.raises(KeyboardInterrupt), Interruptions(10):
+def test_the_second_signal_does_what_it_always_did_unless_it_comes_at_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt), Interruptions(10) as interruptions:
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruptions.noted == signal.SIGINT
+        now[0] = 3.0
         os.kill(os.getpid(), signal.SIGINT)
 
 

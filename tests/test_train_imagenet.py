@@ -18,6 +18,7 @@ from utils.engine import evaluate
 from utils.flags import run_script
 
 SCRIPT = Path(train_imagenet.__file__)
+finds_processes = pytest.mark.skipif(sys.platform != "linux", reason="finds the processes to signal in /proc")
 
 
 @pytest.fixture
@@ -49,6 +50,14 @@ def finished(process):
     return output
 
 
+def signal_all(process):
+    """Sends SIGTERM to the process and all that it started, as a scheduler does; returns these."""
+    started = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, started)):
+        os.kill(pid, signal.SIGTERM)
+    return started
+
+
 def test_compiled_training_in_bfloat16_has_two_graphs(flags, graphs, tmp_path):
     """For batches of 8 and 5 images, and two more for the evaluation's, of 8 and 3."""
     train_imagenet.main(flags("compiled", "--compile", "--amp", "--dist_prob", "0.1"))
@@ -58,6 +67,7 @@ def test_compiled_training_in_bfloat16_has_two_graphs(flags, graphs, tmp_path):
     assert config["compile"] is True and config["precision"] == "bfloat16 autocast"
 
 
+@finds_processes
 def test_two_processes_learn_evaluate_each_image_once_and_resume_exactly(flags, photographs_folder, tmp_path):
     finished(torchrun(flags("whole")))
     rows, summary = metrics(tmp_path / "whole"), read_json(tmp_path / "whole/summary.json")
@@ -76,8 +86,8 @@ def test_two_processes_learn_evaluate_each_image_once_and_resume_exactly(flags, 
     process = torchrun(flags("stopped"))
     while process.poll() is None and not (tmp_path / "stopped/checkpoint.pt").exists():
         time.sleep(0.05)
-    process.terminate()  # torchrun ends its processes, wherever they are
-    process.communicate()
+    signal_all(process)  # torchrun too ends its processes, wherever they are
+    assert "stopped by SIGTERM" in process.communicate()[0]
     assert "going on after epoch" in finished(torchrun(flags("stopped", "--resume")))
     assert without_times(metrics(tmp_path / "stopped")) == without_times(rows)
     checkpoints = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "stopped"))
@@ -94,16 +104,14 @@ def test_evaluate_is_the_same_in_one_process_and_in_two(flags, tmp_path, capsys)
     assert line in finished(torchrun(arguments))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+@finds_processes
 def test_a_signal_to_every_process_stops_as_one_to_the_first(flags, tmp_path):
     """As from a scheduler: the workers must outlive what their process has only noted."""
     command = [sys.executable, SCRIPT, *flags("stopped", "--epochs", "400", "--workers", "2")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()  # the first epoch: all workers live
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = signal_all(process)
     assert len(workers) >= 2
-    for pid in (*map(int, workers), process.pid):
-        os.kill(pid, signal.SIGTERM)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 143
     assert message.count("\n") == 1 and "--resume" in message

@@ -6,6 +6,8 @@ from types import FrameType
 
 from utils.processes import largest
 
+AT_ONCE = 2.0  # seconds: a scheduler signals torchrun and its processes, and torchrun hands the signal on to them
+
 
 class Stopped(Exception):
     """A signal asked the run to stop, and it has saved."""
@@ -16,7 +18,8 @@ class Stopped(Exception):
 
 
 class Interruptions:
-    """While it is entered, SIGINT and SIGTERM are only noted. The second of them does what it always did.
+    """While it is entered, SIGINT and SIGTERM are only noted. A second one does what it always did, unless it comes at
+    once.
 
     Args:
         save_minutes: at least so often a run saves.
@@ -26,6 +29,7 @@ class Interruptions:
         self.seconds = 60 * save_minutes
         self.saved = time.monotonic()
         self.noted = self.agreed = 0
+        self.noted_at = 0.0
 
     def __enter__(self) -> "Interruptions":
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -36,8 +40,11 @@ class Interruptions:
             signal.signal(number, handler)
 
     def note(self, number: int, _frame: FrameType | None) -> None:
-        self.noted = number
-        self.__exit__()
+        if not self.noted:
+            self.noted, self.noted_at = number, time.monotonic()
+        elif time.monotonic() - self.noted_at > AT_ONCE:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def save_is_due(self) -> bool:
         """After every step, in all processes, which answer alike: what one of them has noted stops all."""
@@ -46,7 +53,9 @@ class Interruptions:
         return bool(self.agreed or minutes_are_over)
 
     def after_saving(self) -> None:
-        """Raises Stopped where that is why the run has saved."""
+        """Raises Stopped where that is why the run has saved, in no process before all are here: torchrun ends the
+        others when one ends, and the first may still be writing."""
         self.saved = time.monotonic()
         if self.agreed:
+            largest(self.agreed)
             raise Stopped(self.agreed)
