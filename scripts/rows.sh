@@ -2,6 +2,7 @@
 # first seed of all rows before the second, further flags last, so that they override. A finished run is passed over, an
 # unfinished one resumed. From the environment: SEEDS (default "0 1 2"), JOBS at a time (1), which share out the threads
 # (and one GPU), LAUNCH (python, or "torchrun --nproc_per_node=8"), and DRY_RUN=1, which only prints the commands.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run_rows() {
     local output=$1 command=$2 rows seed row name flags extra=""
     local -a commands=()
@@ -18,7 +19,6 @@ run_rows() {
         printf '%s\n' "${commands[@]}"
         return
     fi
-    cd "$(dirname "${BASH_SOURCE[0]}")/.."
     bash scripts/setup.sh
     export PATH="$PWD/.venv/bin:$PATH"
     local jobs=${JOBS:-1}

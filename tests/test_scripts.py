@@ -82,6 +82,25 @@ def test_every_command_of_table3_does_a_step(command, tmp_path, photographs_fold
     assert (tmp_path / flag_of(command, "--name") / "summary.json").exists()
 
 
+def test_a_script_runs_all_its_rows_from_any_folder(tmp_path):
+    """small_study.sh has three sets of rows; python and setup.sh are replaced by what notes where and what ran."""
+    for name, content in {
+        "scripts/small_study.sh": (ROOT / "scripts/small_study.sh").read_text(),
+        "scripts/rows.sh": (ROOT / "scripts/rows.sh").read_text(),
+        "scripts/setup.sh": "",
+        ".venv/bin/python": '#!/bin/sh\necho "$PWD $*" >> "$NOTES"\n',
+    }.items():
+        path = tmp_path / "repository" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+        path.chmod(0o755)
+    environment = os.environ | {"SEEDS": "0", "NOTES": str(tmp_path / "notes")}
+    subprocess.run(["bash", "repository/scripts/small_study.sh"], cwd=tmp_path, env=environment, check=True)
+    ran = (tmp_path / "notes").read_text().splitlines()
+    assert len(ran) == SCRIPTS["small_study"]
+    assert all(line.startswith(f"{tmp_path}/repository train.py") for line in ran)
+
+
 def test_the_script_passes_over_what_is_finished(tmp_path):
     """Through bash itself; it needs the virtual environment that scripts/setup.sh makes."""
     if not (ROOT / ".venv/bin/python").exists():
