@@ -113,8 +113,13 @@ def main() -> None:
             sections += [f"`python scripts/complexity.py` measured [complexity.csv]({study}/complexity.csv):", picture]
     for title, rows in published.items():
         sections.append(paper_table(title, rows, runs))
-    if benchmarks := [json.loads(path.read_text()) for path in sorted(folder.glob("benchmark/*.json"))]:
-        sections.append(benchmark_table(benchmarks))
+    benchmarks: dict[tuple, list[dict]] = {}
+    for path in sorted(folder.glob("benchmark/*.json")):
+        benchmark = json.loads(path.read_text())
+        measured = tuple(row["what"] for row in benchmark["rows"])
+        benchmarks.setdefault((benchmark["machine"], measured), []).append(benchmark)
+    if benchmarks:
+        sections += ["## Benchmark", *map(benchmark_table, benchmarks.values())]
     with replacing(folder / "README.md") as partial:
         partial.write_text("\n\n".join(sections) + "\n")
 
@@ -201,13 +206,13 @@ def device_of(config: dict[str, object]) -> str:
 
 
 def benchmark_table(benchmarks: list[dict]) -> str:
-    """The figures of runs of benchmark.py on one machine, each run's median."""
+    """Each run's medians, of runs of benchmark.py that measured the same on one machine."""
     lines = [["", "target", "measured, a run each"]]
     for rows in zip(*(benchmark["rows"] for benchmark in benchmarks), strict=True):
         bounds = [f"{sign} {rows[0][key]:g}" for sign, key in (("≤", "at_most"), ("≥", "at_least")) if rows[0][key]]
         lines.append([rows[0]["what"], *(bounds or [""]), ", ".join(f"{row['median']:.3g}" for row in rows)])
-    machines = ", ".join(sorted({benchmark["machine"] for benchmark in benchmarks}))
-    return f"## Benchmark\n\n`python scripts/benchmark.py`, {len(benchmarks)} runs: {machines}.\n\n{markdown(lines)}"
+    runs = f"{len(benchmarks)} {'run' if len(benchmarks) == 1 else 'runs'}"
+    return f"`python scripts/benchmark.py`, {runs}: {benchmarks[0]['machine']}.\n\n{markdown(lines)}"
 
 
 def markdown(lines: list[list[str]]) -> str:

@@ -143,6 +143,22 @@ def test_precision_is_no_other_setting_in_a_paper_table_and_a_row_of_its_own_in_
     assert found["none, bfloat16", "none"][2] == "+1.00 (+1.00 to +1.00)"
 
 
+def test_benchmarks_of_other_machines_and_of_other_rows_have_tables_of_their_own(publish, page, tmp_path):
+    publish("mine", "disout", ROWS["disout"], 0, (90, 91))
+    (tmp_path / "benchmark").mkdir()
+    for name, machine, figures in (
+        ("cpu_1", "a CPU", {"step": 1.5}),
+        ("cpu_2", "a CPU", {"step": 1.7}),
+        ("gpu", "a GPU", {"step": 0.2}),
+        ("gpu_compiled", "a GPU", {"step": 0.2, "compiled": 0.1}),
+    ):
+        rows = [{"what": what, "median": x, "at_most": None, "at_least": None} for what, x in figures.items()]
+        (tmp_path / f"benchmark/{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}))
+    section = page()["Benchmark"]
+    assert "2 runs: a CPU" in section and section.count("1 run: a GPU") == 2
+    assert "| step |  | 1.5, 1.7 |" in section and section.count("| step |  | 0.2 |") == 2
+
+
 def test_a_run_that_is_not_complete_stands_nowhere(publish, page):
     publish("mine", "disout", ROWS["disout"], 0, (90, 91), complete=False)
     publish("mine", "disout", ROWS["disout"], 1, (88, 89))
