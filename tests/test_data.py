@@ -1,4 +1,5 @@
 import os
+import threading
 
 import pytest
 import torch
@@ -128,6 +129,27 @@ def test_missing_files_without_a_network_say_what_to_put_where(tmp_path, monkeyp
     with pytest.raises(FileNotFoundError) as error:
         data.load("cifar100", tmp_path)
     assert all(word in str(error.value) for word in (str(tmp_path), "cifar-100-python", "--data_root"))
+
+
+def test_a_second_run_waits_for_the_download_of_the_first(tmp_path, monkeypatch):
+    downloads = []
+
+    def download(self):
+        downloads.append(self.root)
+        raise OSError("no route to host")
+
+    def load():
+        with pytest.raises(FileNotFoundError):
+            data.load("cifar10", tmp_path)
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
+    second = threading.Thread(target=load)
+    with data.locked(tmp_path):
+        second.start()
+        second.join(0.5)
+        assert second.is_alive() and not downloads
+    second.join(60)
+    assert len(downloads) == 1
 
 
 @pytest.mark.skipif("CIFAR_ROOT" not in os.environ, reason="CIFAR_ROOT does not name the folder of the CIFAR files")

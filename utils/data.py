@@ -4,7 +4,10 @@ No workers and no PIL in the loop: a batch is shuffled, cropped, flipped, rotate
 the device. Order and augmentation are a function of (seed, epoch) alone.
 """
 
+import fcntl
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +75,11 @@ def load(dataset: str, root: str | Path) -> tuple[Images, Images]:
     made = not Path(root).exists()
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
     try:
-        parts = [cls(root, train=train, download=True) for train in (True, False)]
+        try:
+            parts = [cls(root, train=train) for train in (True, False)]
+        except RuntimeError:  # they are not there, or not intact
+            with locked(Path(root)):
+                parts = [cls(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         if made and Path(root).is_dir() and not any(Path(root).iterdir()):
             Path(root).rmdir()  # torchvision made it for the download
@@ -83,6 +90,20 @@ def load(dataset: str, root: str | Path) -> tuple[Images, Images]:
         ) from None
     train, test = (Images(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts)
     return train, test
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder. Of several runs that start together one downloads into it and the others wait, where its file
+    system has locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def load_parts(
