@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, same, without_times
+from conftest import metrics, read_json, same, without_times
 from torch import nn
 
 import train
-from utils import engine
+from utils import engine, record
 from utils.checkpoint import CheckpointError, Checkpoints, Progress
 from utils.files import InUse, lock_folder
 from utils.flags import run_script
-from utils.interruptions import Interruptions
+from utils.interruptions import Interruptions, Stopped
 
 SHORT = ("--train_size", "200", "--batch_size", "32", "--epochs", "3")  # seven steps an epoch
 
@@ -64,6 +64,16 @@ def test_a_signal_saves_within_the_epoch_and_resume_is_exact(run, interrupted, c
     assert without_times(metrics(stopped)) == without_times(metrics(whole))
     for name in ("checkpoint.pt", "best.pt"):
         assert same(*(torch.load(folder / name, weights_only=True) for folder in (stopped, whole)))
+
+
+def test_a_run_that_goes_on_elsewhere_says_where_it_was(run, interrupted, monkeypatch, tmp_path):
+    with pytest.raises(Stopped):
+        interrupted(signal_in(9, signal.SIGTERM))
+    started = read_json(tmp_path / "stopped/config.json")
+    monkeypatch.setattr(record, "device_name", lambda _device: "another machine")
+    interrupted(lambda _step: None, "--resume")
+    there = f"{started['device_name']}, then another machine"
+    assert read_json(tmp_path / "stopped/config.json") == started | {"device_name": there}
 
 
 def test_the_second_signal_does_what_it_always_did_unless_it_comes_at_once(monkeypatch):

@@ -39,7 +39,7 @@ TAGS = {
 
 
 class Recorder:
-    """Writes a run's folder: config.json at the start, the rest after every epoch, a summary when it is complete.
+    """Writes a run's folder: config.json at each start, the rest after every epoch, a summary when it is complete.
 
     Args:
         folder: the run's folder, which is made.
@@ -68,8 +68,9 @@ class Recorder:
             print(f"{folder}: going on after epoch {len(rows)}{within}")
         if rows and not (folder / "best.pt").exists():
             print(f"{folder}/best.pt is missing: there will be one if a later epoch is better")
-        if not (folder / "config.json").exists():
-            write_json(folder / "config.json", settings | surroundings(command, device, settings["amp"]))
+        here = surroundings(command, device, settings["amp"])
+        config = folder / "config.json"
+        write_json(config, with_places(json.loads(config.read_text()), here) if config.exists() else settings | here)
         write_metrics(folder, rows)
         self.events = start_events(folder, rows)
 
@@ -122,6 +123,15 @@ def surroundings(command: list[str], device: torch.device, amp: bool) -> dict[st
         "numpy": np.__version__,
         "commit": git_commit(),
     }
+
+
+def with_places(config: dict[str, object], here: dict[str, object]) -> dict[str, object]:
+    """The `config` of a run that goes on `here`: where machine, precision or torch are others, all there were, in
+    order."""
+    for name in ("device_name", "precision", "torch"):
+        if here[name] != str(config[name]).split(", then ")[-1]:
+            config[name] = f"{config[name]}, then {here[name]}"
+    return config
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
