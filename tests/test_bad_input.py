@@ -14,7 +14,7 @@ from torch import nn
 import train
 import train_imagenet
 from models.resnet_cifar import ResNet
-from utils import photographs
+from utils import engine, photographs
 from utils.flags import run_script
 
 MAIN = {"train.py": train.main, "train_imagenet.py": train_imagenet.main}
@@ -228,6 +228,23 @@ def test_what_goes_wrong_is_named_and_leaves_nothing_behind(fails, monkeypatch, 
     left = [path.name for path in (tmp_path / "results").rglob("*") if path.is_file()]
     started = {".lock", "config.json", "metrics.csv"}  # of a run that --resume can go on with
     assert not left or {name for name in left if not name.startswith("events")} == started
+
+
+@pytest.mark.parametrize("script", BOTH)
+def test_too_little_memory_is_said_with_what_takes_less(fails, monkeypatch, script):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
+
+    monkeypatch.setattr(engine.F, "cross_entropy", fail)
+    message = fails(script, (), 1)
+    assert message == f"{script}: CUDA out of memory: --amp or a smaller --batch_size takes less memory\n"
+
+
+def test_more_processes_than_gpus_are_counted(fails, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert "more processes than the 2 GPUs" in fails("train_imagenet.py", (), 2)
 
 
 @pytest.mark.parametrize("script", BOTH)

@@ -108,6 +108,12 @@ def test_a_broken_image_is_named_or_skipped_and_counted(load, broken_folder):
     assert (images[labels == photographs.SKIPPED][0] == torch.tensor(photographs.GREY)[:, None, None]).all()
 
 
+def test_an_image_that_is_too_large_to_trust_is_one_that_cannot_be_read(load, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    with pytest.raises(ImageError, match=r"cannot be read.*decompression bomb"):
+        epoch_of(load()[0], [21])
+
+
 def test_classes_of_both_parts_must_agree(load, broken_folder):
     (broken_folder / "val/red").rename(broken_folder / "val/green")
     with pytest.raises(FileNotFoundError, match="same folders"):

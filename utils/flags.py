@@ -4,6 +4,7 @@ wrong, exit code 2."""
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,9 @@ def run_settings(args: argparse.Namespace) -> dict[str, object]:
     """Fills in the defaults that depend on other flags (`dataset` and `depth` are there already). Returns what
     config.json holds: every flag that says what the run is, and where."""
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if args.device.type == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UsageError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here")
     args.name = args.name or f"{args.dataset}-resnet{args.depth}-{args.method}-s{args.seed}"
     for flag in {"dist_prob", "block_size", "alpha", "inside"} - set(METHODS[args.method].settings):
         setattr(args, flag, type(getattr(args, flag))(0))
@@ -172,6 +176,10 @@ def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) 
         if is_first():
             print(f"{script}: {error}; the same command with --resume goes on from there", file=sys.stderr)
         sys.exit(error.exit_code)
+    except torch.OutOfMemoryError as error:
+        line = str(error).split(". ")[0]
+        print(f"{script}: {line}: --amp or a smaller --batch_size takes less memory", file=sys.stderr)
+        sys.exit(1)
     except torch._dynamo.exc.TorchDynamoException as error:
         what = " ".join(str(error).split("\n\n")[0].split())
         print(f"{script}: --compile does not work here ({what})", file=sys.stderr)

@@ -56,7 +56,7 @@ class Photographs(Dataset):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")  # grey, palette and CMYK images too
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             if not self.skip_corrupt:
                 raise ImageError(
                     f"{path} cannot be read ({error}); --resume --skip_corrupt goes on without it"
