@@ -80,11 +80,11 @@ def test_the_second_signal_does_what_it_always_did_unless_it_comes_at_once(monke
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with pytest.raises(KeyboardInterrupt), Interruptions(10) as interruptions:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
         assert interruptions.noted == signal.SIGINT
         now[0] = 3.0
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_checkpoint_is_saved_within_an_epoch_when_its_minutes_are_over(run, interrupted, monkeypatch):
