@@ -32,8 +32,8 @@ from utils.schedules import CIFAR_DECAY, dist_prob_at, lr_at, step_sizes
 from utils.speed import set_up
 
 
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
-    """The flags, and the run's settings as config.json holds them."""
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object], dict[str, object]]:
+    """The flags, the run's settings as config.json holds them, and their defaults."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--dataset", choices=data.DATASETS, default="cifar10", help="default: cifar10")
@@ -50,12 +50,12 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     images = data.DATASETS[args.dataset][1]
     if args.train_size + args.holdout > images or args.holdout == images:
         parser.error(f"--train_size and --holdout: {args.dataset} has {images} training images for both together")
-    return args, run_settings(args)
+    return args, *run_settings(args, parser)
 
 
 def main(argv: list[str]) -> None:
-    args, settings = parse_arguments(argv)
-    folder = check_folder(args, settings)
+    args, settings, defaults = parse_arguments(argv)
+    folder = check_folder(args, settings, defaults)
     set_up(args.threads, args.deterministic)
     if args.resume and not args.evaluate and (folder / "summary.json").exists():
         print(f"{folder} is complete:\n{(folder / 'summary.json').read_text()}", end="")
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
 
     # Loop
     lock = lock_folder(folder)
-    checkpoints = Checkpoints(folder, settings)
+    checkpoints = Checkpoints(folder, settings, defaults)
     progress = checkpoints.load(model, optimizer)
     recorder = Recorder(folder, settings, ["train.py", *argv], args.device, evaluated_on, checkpoints, progress)
     interruptions = Interruptions(args.save_minutes)

@@ -34,8 +34,8 @@ from utils.schedules import IMAGENET_DECAY, dist_prob_at, lr_at, step_sizes
 from utils.speed import set_up
 
 
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object]]:
-    """The flags, and the run's settings as config.json holds them."""
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object], dict[str, object]]:
+    """The flags, the run's settings as config.json holds them, and their defaults."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", default="data/imagenet", help="folder of train/CLASS and val/CLASS (default: data/imagenet)")
@@ -52,12 +52,12 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     args.processes = int(os.environ.get("WORLD_SIZE", 1))  # batch norm and Disout see a process's share of a batch
     if args.batch_size < 2 * args.processes * args.accumulate_steps:
         parser.error("--batch_size: batch norm needs two images in each process and each of --accumulate_steps")
-    return args, run_settings(args)
+    return args, *run_settings(args, parser)
 
 
 def main(argv: list[str]) -> None:
-    args, settings = parse_arguments(argv)
-    folder = check_folder(args, settings)
+    args, settings, defaults = parse_arguments(argv)
+    folder = check_folder(args, settings, defaults)
     device = join(args.device)
     rank, world = processes()
     set_up(args.threads, args.deterministic)
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
 
     # Loop; the first process writes
     lock = lock_folder(folder) if rank == 0 else None
-    checkpoints = Checkpoints(folder, settings)
+    checkpoints = Checkpoints(folder, settings, defaults)
     progress = checkpoints.load(model, optimizer)
     command = ["train_imagenet.py", *argv]
     recorder = Recorder(folder, settings, command, device, "test", checkpoints, progress) if rank == 0 else None

@@ -1,5 +1,6 @@
 """Signals, locks, checkpoints that are not good, and losses that are not finite."""
 
+import json
 import os
 import signal
 import subprocess
@@ -76,6 +77,39 @@ def test_a_run_that_goes_on_elsewhere_says_where_it_was(run, interrupted, monkey
     assert read_json(tmp_path / "stopped/config.json") == started | {"device_name": there}
 
 
+def test_a_run_goes_on_in_another_precision_and_says_so(run, interrupted, monkeypatch, graphs, tmp_path):
+    with pytest.raises(Stopped):
+        interrupted(signal_in(9, signal.SIGTERM), "--amp", "--compile")
+    started = read_json(tmp_path / "stopped/config.json")
+    assert (started["precision"], started["compile"]) == ("bfloat16 autocast", True)
+    monkeypatch.setattr(record, "git_commit", lambda: "newer")
+    interrupted(lambda _step: None, "--resume")
+    config = read_json(tmp_path / "stopped/config.json")
+    assert config["precision"] == "bfloat16 autocast, then float32"
+    assert (config["compile"], config["commit"]) == ("True, then False", f"{started['commit']}, then newer")
+    assert len(metrics(tmp_path / "stopped")) == 3
+    run(*SHORT, "--resume", name="stopped")  # complete: nothing is said again
+    assert read_json(tmp_path / "stopped/config.json") == config
+
+
+def test_a_flag_that_is_younger_than_the_run_had_its_default(run, interrupted, refused, capsys, tmp_path):
+    with pytest.raises(Stopped):
+        interrupted(signal_in(9, signal.SIGTERM), "--method", "none")
+    config, checkpoint = tmp_path / "stopped/config.json", tmp_path / "stopped/checkpoint.pt"
+    younger = ("augment", "holdout", "label_smoothing", "inside", "alpha")
+    config.write_text(json.dumps({flag: of for flag, of in read_json(config).items() if flag not in younger}))
+    state = torch.load(checkpoint, weights_only=True)
+    for flag in younger:
+        del state["settings"][flag]
+    torch.save(state, checkpoint)
+
+    again = ("--method", "none", "--resume")
+    assert "augment: standard -> none" in refused(*SHORT, *again, "--augment", "none", name="stopped")
+    interrupted(lambda _step: None, *again)
+    assert "going on after epoch 1 and 10 steps" in capsys.readouterr().out
+    assert (tmp_path / "stopped/summary.json").exists()
+
+
 def test_the_second_signal_does_what_it_always_did_unless_it_comes_at_once(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -127,10 +161,10 @@ def checkpoints(tmp_path):
     def load(settings):
         model = Counted(0)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        progress = Checkpoints(tmp_path, settings).load(model, optimizer)
+        progress = Checkpoints(tmp_path, settings, {}).load(model, optimizer)
         return model.weight.item(), progress
 
-    kept = Checkpoints(tmp_path, {"dataset": "digits", "threads": 1})
+    kept = Checkpoints(tmp_path, {"dataset": "digits", "threads": 1}, {})
     for epoch in (1, 2):
         model = Counted(epoch)
         kept.save(model, torch.optim.SGD(model.parameters(), lr=0.1), Progress(7 * epoch, ({"epoch": epoch},) * epoch))
@@ -168,7 +202,7 @@ def test_a_bad_checkpoint_gives_way_to_the_last_but_one_and_never_takes_its_plac
     assert not Path("executed").exists()
 
     # The next save replaces the bad one; the good one stays until there are two.
-    again = Checkpoints(tmp_path, kept.settings)
+    again = Checkpoints(tmp_path, kept.settings, {})
     model = Counted(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     again.load(model, optimizer)

@@ -30,9 +30,9 @@ class Progress(NamedTuple):
 class Checkpoints:
     """checkpoint.pt in a run's folder, and checkpoint_previous.pt, which was written before it."""
 
-    def __init__(self, folder: Path, settings: dict[str, object]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, object], defaults: dict[str, object]) -> None:
         self.last, self.previous = folder / "checkpoint.pt", folder / "checkpoint_previous.pt"
-        self.settings = fixed_settings(settings)
+        self.settings, self.defaults = fixed_settings(settings), defaults
         self.last_is_good = False
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
@@ -69,7 +69,7 @@ class Checkpoints:
     def _read(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
         state = read(path)
         try:
-            if changed := changed_settings(state["settings"], self.settings):
+            if changed := changed_settings(state["settings"], self.settings, self.defaults):
                 raise CheckpointError(f"{path} is of a run with other settings ({', '.join(changed)})")
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])

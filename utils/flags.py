@@ -118,23 +118,25 @@ def add_shared_flags(parser: Parser) -> None:
     parser.add_argument("--evaluate", metavar="FILE", help="only evaluate a checkpoint or a state dict (best.pt)")
 
 
-def run_settings(args: argparse.Namespace) -> dict[str, object]:
+def run_settings(args: argparse.Namespace, parser: Parser) -> tuple[dict[str, object], dict[str, object]]:
     """Fills in the defaults that depend on other flags (`dataset` and `depth` are there already). Returns what
-    config.json holds: every flag that says what the run is, and where."""
+    config.json holds, every flag that says what the run is, and where; and the defaults of these flags."""
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if args.device.type == "cuda" and local_rank >= torch.cuda.device_count():
         raise UsageError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here")
     args.name = args.name or f"{args.dataset}-resnet{args.depth}-{args.method}-s{args.seed}"
-    for flag in {"dist_prob", "block_size", "alpha", "inside"} - set(METHODS[args.method].settings):
+    unread = {"dist_prob", "block_size", "alpha", "inside"} - set(METHODS[args.method].settings)
+    for flag in unread:
         setattr(args, flag, type(getattr(args, flag))(0))
     if args.compile and not METHODS[args.method].compiles:
         raise UsageError(f"argument --compile: {args.method} would be compiled anew in every step, as its rate grows")
     settings = {flag: value for flag, value in vars(args).items() if flag not in ("resume", "evaluate")}
-    return settings | {"device": str(args.device)}
+    defaults = {flag: settings[flag] if flag in unread else parser.get_default(flag) for flag in settings}
+    return settings | {"device": str(args.device)}, defaults
 
 
-def check_folder(args: argparse.Namespace, settings: dict[str, object]) -> Path:
+def check_folder(args: argparse.Namespace, settings: dict[str, object], defaults: dict[str, object]) -> Path:
     """The run's folder. Raises UsageError where the flags do not fit it."""
     folder = Path(args.output, args.name)
     if args.evaluate:
@@ -143,7 +145,7 @@ def check_folder(args: argparse.Namespace, settings: dict[str, object]) -> Path:
             raise UsageError(f"argument --evaluate: {args.evaluate} is no file{hint}")
     elif not args.resume and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise UsageError(f"{folder} holds a run already: add --resume to go on with it, or give another --name")
-    elif changed := changed_settings(started_with(folder, settings), settings):
+    elif changed := changed_settings(started_with(folder, settings), settings, defaults):
         raise UsageError(f"{folder} was started with other settings ({', '.join(changed)}): give another --name")
     return folder
 

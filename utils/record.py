@@ -68,7 +68,7 @@ class Recorder:
             print(f"{folder}: going on after epoch {len(rows)}{within}")
         if rows and not (folder / "best.pt").exists():
             print(f"{folder}/best.pt is missing: there will be one if a later epoch is better")
-        here = surroundings(command, device, settings["amp"])
+        here = surroundings(command, device, settings["amp"]) | {"compile": settings["compile"]}
         config = folder / "config.json"
         write_json(config, with_places(json.loads(config.read_text()), here) if config.exists() else settings | here)
         write_metrics(folder, rows)
@@ -126,10 +126,10 @@ def surroundings(command: list[str], device: torch.device, amp: bool) -> dict[st
 
 
 def with_places(config: dict[str, object], here: dict[str, object]) -> dict[str, object]:
-    """The `config` of a run that goes on `here`: where machine, precision or torch are others, all there were, in
-    order."""
-    for name in ("device_name", "precision", "torch"):
-        if here[name] != str(config[name]).split(", then ")[-1]:
+    """The `config` of a run that goes on `here`: where machine, precision, torch, the code or whether it was compiled
+    are others, all there were, in order."""
+    for name in ("device_name", "precision", "compile", "torch", "commit"):
+        if str(here[name]) != str(config[name]).split(", then ")[-1]:
             config[name] = f"{config[name]}, then {here[name]}"
     return config
 

@@ -5,6 +5,7 @@ import os
 import sys
 
 import torch
+import torch._inductor.config
 
 # Of glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -19,6 +20,8 @@ def set_up(threads: int | None, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     torch.use_deterministic_algorithms(deterministic)
+    # A compiled network draws torch's own random numbers: as eager runs do, and on a CPU faster than one at a time.
+    torch._inductor.config.fallback_random = True
     keep_freed_memory()
 
 
