@@ -1,16 +1,21 @@
 import ast
 import copy
+import itertools
 import math
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import binom
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import disout
-from disout import Disout, block_elements, distort, draw_seeds, keep_mask, most_seeds, seed_rate, strength
+from disout import Disout, block_elements, deviation, distort, draw_seeds, keep_mask, most_seeds, seed_rate, strength
 
 
 def keep_of(seeds, x, block_size, inside=False):
@@ -71,6 +76,27 @@ def test_block_is_cut_to_the_map_per_side_and_an_even_side_is_shifted():
     assert mask_of([(0, 0)], (2, 6), 4) == ["......", ".####."]
     assert mask_of([(0, 0)], (3, 6), 4) == [".####."] * 3
     assert mask_of([(0, 0)], (2, 6), 4, inside=True) == ["####.."] * 2
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("size", [(5,), (4, 6), (4, 3, 5), (2, 4, 4), (4, 4, 4)])
+def test_blocks_of_any_number_of_sides_are_those_of_the_definition(size, block_size, inside):
+    """Element by element, for every seed, in both layouts of memory."""
+    maps = torch.zeros(2, 3, *size)
+    block = [min(block_size, side) for side in size]
+    shifts = [int(b % 2 == 0 and not inside and block != list(size)) for b in block]
+    places = list(
+        itertools.product(range(2), range(3), *(range(side - b + 1) for side, b in zip(size, block, strict=True)))
+    )
+    for x in (maps, maps.movedim(1, -1).contiguous().movedim(-1, 1)):
+        for number, (n, channel, *corner) in enumerate(places):
+            expected = torch.ones_like(maps)
+            for offset in itertools.product(*map(range, block)):
+                at = [place + shift + step for place, shift, step in zip(corner, shifts, offset, strict=True)]
+                if all(place < side for place, side in zip(at, size, strict=True)):
+                    expected[(n, channel, *at)] = 0
+            assert torch.equal(keep_of(torch.tensor([number]), x, block_size, inside)[0], expected.to(torch.uint8))
 
 
 # Rates
@@ -147,6 +173,21 @@ def test_the_room_for_seeds_follows_the_largest_rate_set():
     layer.dist_prob = 0.9
     y = in_training(torch.ones(100, 10, 8, 8), layer)
     assert (y == 0).float().mean().item() == pytest.approx(0.9, abs=0.01)
+
+
+def test_rate_and_blocks_of_a_volume():
+    layer = Disout(0.2, block_size=3, alpha=5.0)
+    x = torch.randn(200, 20, 4, 6, 5, requires_grad=True)
+    y = in_training(x, layer, torch.randn(4, 20, 3, 3, 3))
+    y.sum().backward()
+    gone = x.grad == 0
+    # An element lies in as many blocks as there are seeds in reach, along each side.
+    reach = [[1 + min(i, 2, side - 3, side - 1 - i) for i in range(side)] for side in (4, 6, 5)]
+    covering = torch.tensor([[[a * b * c for c in reach[2]] for b in reach[1]] for a in reach[0]])
+    predicted = 1 - (1 - 0.2 * 120 / 27 / (2 * 4 * 3)) ** covering
+    spread = (predicted * (1 - predicted) / 4000).sqrt()
+    assert ((gone.float().mean((0, 1)) - predicted).abs() <= 5 * spread).all()
+    assert y.shape == x.shape and layer.distorted.item() == pytest.approx(gone.float().mean().item(), abs=1e-6)
 
 
 # Strength and distortion
@@ -314,6 +355,71 @@ def test_the_result_can_be_changed_in_place(x):
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("mean", [0.0, 10.0, 100.0])
+@pytest.mark.parametrize("shape", [(128, 64, 8, 8), (2, 64, 56, 56), (4, 8)])
+def test_deviation_is_that_of_the_whole_batch(shape, mean):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + mean
+    expected = x.double().std().item()
+    assert deviation(x).item() == pytest.approx(expected, rel=1e-2 if mean > 10 else 1e-4)
+
+
+class Dtypes(TorchDispatchMode):
+    """Notes the dtype of whatever an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.seen |= {tensor.dtype for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_nothing_is_float64_as_not_every_device_has_it(x, dtype):
+    layer, low = Disout(0.3, 3, 5.0), x.to(dtype).requires_grad_()
+    with Dtypes() as dtypes:
+        in_training(low, layer, torch.randn(6, 8, 3, 3)).backward(torch.ones_like(low))
+        layer.dist_prob = 0.1
+    assert dtype in dtypes.seen and torch.float64 not in dtypes.seen
+
+
+# torch.func
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.fc = nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 3), nn.Linear(4, 3)
+        self.disout = Disout(0.3, 3, 5.0)
+
+    def forward(self, x):
+        x = self.disout(self.conv1(x).relu(), self.conv2.weight)
+        return self.fc(self.conv2(x).mean((2, 3)))
+
+
+def test_functional_gradients_are_those_of_backward(x):
+    network, labels = Network(), torch.arange(16) % 3
+    loss = lambda weights, x: F.cross_entropy(functional_call(network, weights, (x,)), labels)  # noqa: E731
+    torch.manual_seed(0)
+    gradients = torch.func.grad(loss)({name: weight.detach() for name, weight in network.named_parameters()}, x)
+    assert network.disout.distorted == 0  # a transformed function changes nothing
+    torch.manual_seed(0)
+    F.cross_entropy(network(x), labels).backward()
+    assert network.disout.distorted > 0
+    for name, weight in network.named_parameters():
+        torch.testing.assert_close(gradients[name], weight.grad)
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmap_is_refused_in_a_sentence(x, randomness):
+    layer = Disout(0.3)
+    with pytest.raises(RuntimeError, match=r"not under torch.func.vmap"):
+        torch.func.vmap(layer, randomness=randomness)(x[:, None])
+    layer(x)
+
+
 # Compilation
 
 
@@ -362,7 +468,7 @@ def test_state_dict_is_empty_and_dist_prob_is_one_tensor(x):
         (lambda: Disout(0.1, alpha=-1), ("alpha", "-1")),
         (lambda: Disout(0.1, alpha=math.inf), ("alpha", "inf")),
         (lambda: Disout(0.1)(torch.zeros(2)), ("x", "(2,)")),
-        (lambda: Disout(0.1)(torch.zeros(2, 3, 4, 4, 4)), ("x", "(2, 3, 4, 4, 4)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 3, 4, 4, 4, 4)), ("x", "(2, 3, 4, 4, 4, 4)")),
         (lambda: Disout(0.1)(torch.zeros(2, 3, 4, 4, dtype=torch.int64)), ("x", "int64")),
         (lambda: Disout(0.1)(torch.zeros(2, 3, 8, 8), torch.zeros(6, 4, 3, 3)), ("next_weight", "(6, 4, 3, 3)")),
         (lambda: Disout(0.1)(torch.zeros(2, 3, 8, 8), torch.zeros(6)), ("next_weight", "(6,)")),
@@ -394,7 +500,7 @@ def test_blocks_of_a_sequence_are_stretches_of_one_feature():
     dropped = layer(x) == 0
     covered = torch.tensor([1, 2, *[3] * 8, 2, 1])  # the blocks that an element can be in
     assert dropped.float().mean() == pytest.approx((1 - (1 - 0.1 * 12 / 3 / 10) ** covered).mean().item(), abs=0.01)
-    runs = torch.nn.functional.pad(dropped, (1, 1)).float().diff().abs().sum() / 2
+    runs = F.pad(dropped, (1, 1)).float().diff().abs().sum() / 2
     assert dropped.sum() / runs >= 3
     assert dropped.any(2).sum() < dropped.any(2).numel() / 2
 
@@ -403,7 +509,7 @@ def test_the_file_can_be_copied_alone():
     tree = ast.parse(Path(disout.__file__).read_text())
     imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imports |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imports <= {"math", "numbers", "typing", "torch"}
+    assert imports <= {"collections.abc", "math", "numbers", "typing", "torch"}
 
 
 def test_distort_leaves_its_arguments_alone(x):
