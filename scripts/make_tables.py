@@ -1,4 +1,5 @@
-"""Writes README.md into a folder of published runs (default results/published), and a picture of each study in it.
+"""Writes the tables of a folder of runs, and a picture of each study in it: README.md into results/published, or
+tables.md into another FOLDER.
 
 usage: python scripts/make_tables.py [FOLDER]
 
@@ -80,6 +81,7 @@ def main() -> None:
     if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
         sys.exit(__doc__)
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "results/published")
+    page = folder / ("tables.md" if len(sys.argv) > 1 else "README.md")
     runs = read_runs(folder)
     if not runs:
         sys.exit(f"make_tables.py: no complete run in {folder}/STUDY/NAME or {folder}/NAME")
@@ -120,7 +122,7 @@ def main() -> None:
         benchmarks.setdefault((benchmark["machine"], measured), []).append(benchmark)
     if benchmarks:
         sections += ["## Benchmark", *map(benchmark_table, benchmarks.values())]
-    with replacing(folder / "README.md") as partial:
+    with replacing(page) as partial:
         partial.write_text("\n\n".join(sections) + "\n")
 
 

@@ -13,7 +13,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_readme_prints_the_examples_as_they_are(path):
-    assert f"```python\n{path.read_text()}```" in (ROOT / "README.md").read_text()
+    assert f"```python\n{path.read_text()}```" in (ROOT / "examples/README.md").read_text()
 
 
 def test_the_package_installs_modules_that_need_torch_alone(tmp_path):

@@ -44,7 +44,7 @@ def page(tmp_path, monkeypatch):
     def make():
         monkeypatch.setattr(sys, "argv", ["make_tables.py", str(tmp_path)])
         make_tables.main()
-        sections = (tmp_path / "README.md").read_text().split("## ")[1:]
+        sections = (tmp_path / "tables.md").read_text().split("## ")[1:]
         return {section.splitlines()[0]: section for section in sections}
 
     return make

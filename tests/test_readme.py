@@ -1,11 +1,25 @@
+"""The pages written by hand: their examples and commands work, their links lead somewhere, their figures are of the
+logs."""
+
+import csv
 import re
+import statistics
+import sys
 from pathlib import Path
 
 import pytest
 
 import train
+from disout import NO_READER_STRENGTH
 
-README = (Path(train.__file__).parent / "README.md").read_text()
+ROOT = Path(train.__file__).parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from runs import read_runs  # noqa: E402
+
+PAGES = [ROOT / page for page in ("README.md", "results/README.md", "examples/README.md", "tests/README.md")]
+README, RESULTS, *_ = (page.read_text() for page in PAGES)
+GENERATED = (ROOT / "results/published/README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.split("#")[0].split() for line in re.findall(r"python train\.py (?!--help)[^\n`|]*", README)]
 
@@ -20,7 +34,62 @@ def test_commands_have_flags_that_exist(command):
     train.parse_arguments(command[2:])
 
 
-def test_paths_exist():
-    root = Path(train.__file__).parent
-    for path in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (root / path).exists(), path
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for path, _, anchor in re.findall(r"\]\(([^)#:]+)(#([^)]*))?\)", page.read_text()):
+        assert (page.parent / path).exists(), path
+        headings = re.findall(r"^#+ (.*)$", (page.parent / path).read_text(), re.MULTILINE) if anchor else [""]
+        assert anchor in headings, anchor
+
+
+def test_a_screen_tells_what_came_out():
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    assert any(line.startswith("|---") for line in lines[:30])
+
+
+@pytest.mark.parametrize("text", [README, RESULTS], ids=["README", "results"])
+def test_figures_of_accuracy_are_on_the_generated_page(text):
+    """Whole: a mean with its deviation, a difference with its interval; and any other number of two decimals."""
+    text = " ".join(text.replace("Python 3.10", "").split())
+    signed = r"[+-]\d+\.\d\d"
+    whole = re.findall(rf"\d+\.\d\d ± \d+\.\d\d|{signed} \({signed} to {signed}\)", text)
+    assert len(whole) > 5
+    for figure in whole:
+        assert figure in GENERATED, figure
+    known = {f"{NO_READER_STRENGTH:.2f}", *re.findall(r"\d+\.\d\d\b", GENERATED), *of_complexity(".2f")}
+    for figure in re.findall(r"(?<![\d.])\d+\.\d\d\b", text):
+        assert figure in known, figure
+
+
+def test_figures_of_the_complexity_are_in_its_table():
+    section = RESULTS.split("## The complexity term")[1].split("## ")[0]
+    for digits in (1, 4):
+        known = of_complexity(f".{digits}f")
+        found = re.findall(rf"(?<![\d.])\d+\.\d{{{digits}}}(?![\d.])", section)
+        assert len(found) > 4
+        assert set(found) <= {*known, "0.2", "0.4"}  # rates
+
+
+def test_sentences_that_no_table_has_are_the_logs():
+    runs = read_runs(ROOT / "results/published")
+    text = " ".join(RESULTS.split())
+
+    def of_none(study, form):
+        rows = [run.rows[-1] for run in runs if run.study == study and run.config["method"] == "none"]
+        means = [statistics.mean(row[column] for row in rows) for column in ("train_top1", "test_top1")]
+        return [format(mean, form) for mean in means]
+
+    trained, tested = of_none("small_study", ".0f")
+    assert f"right on {trained} % of the images that it trains on and on {tested} % of the test set" in text
+    trained, tested = of_none("photographs_study", ".1f")
+    assert f"right on {trained} % of its training images and {tested} % of the test set" in text
+    for study in ("small_study", "photographs_study"):
+        hours = sum(row["seconds"] for run in runs if run.study == study for row in run.rows) / 3600
+        assert f"{study}.sh`, {'40 runs, ' if study == 'small_study' else ''}{hours:.1f} hours in all" in text
+
+
+def of_complexity(form):
+    names = ("train_top1", "test_top1", "gap", "complexity", "relative_complexity", "distortion")
+    with (ROOT / "results/published/small_grid/complexity.csv").open() as file:
+        return {format(float(row[name]), form) for row in csv.DictReader(file) for name in names}
