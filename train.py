@@ -23,7 +23,7 @@ from models.regularizers import make_regularizer, regularizer_layers
 from models.resnet_cifar import ResNet
 from utils import data
 from utils.checkpoint import Checkpoints, Progress, load_weights
-from utils.engine import evaluate, train_epoch
+from utils.engine import Schedule, evaluate, train_epoch
 from utils.files import lock_folder
 from utils.flags import Parser, add_shared_flags, check_folder, number, resnet_depth, run_script, run_settings
 from utils.interruptions import Interruptions
@@ -91,6 +91,7 @@ def main(argv: list[str]) -> None:
         decay=CIFAR_DECAY,
     )
     layers = [(layer, layer.dist_prob) for layer in regularizer_layers(model)]
+    schedule = Schedule(lr_at_step, layers, total_steps, args.seed)
 
     if args.compile:  # into CUDA graphs on a GPU, as launching so many small kernels takes longer than running them
         mode = "reduce-overhead" if args.device.type == "cuda" else "default"
@@ -119,11 +120,8 @@ def main(argv: list[str]) -> None:
                 bar,
                 sizes,
                 optimizer,
-                lr_at_step=lr_at_step,
-                layers=layers,
-                first_step=progress.step,
-                total_steps=total_steps,
-                seed=args.seed,
+                schedule,
+                progress.step,
                 label_smoothing=args.label_smoothing,
                 amp=args.amp,
                 totals=progress.totals,

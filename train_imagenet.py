@@ -24,7 +24,7 @@ from models.regularizers import make_regularizer, regularizer_layers
 from models.resnet_imagenet import ResNet50
 from utils import photographs
 from utils.checkpoint import Checkpoints, Progress, load_weights
-from utils.engine import evaluate, train_epoch
+from utils.engine import Schedule, evaluate, train_epoch
 from utils.files import lock_folder
 from utils.flags import Parser, add_shared_flags, check_folder, number, run_script, run_settings
 from utils.interruptions import Interruptions
@@ -108,6 +108,7 @@ def main(argv: list[str]) -> None:
         decay=IMAGENET_DECAY,
     )
     layers = [(layer, layer.dist_prob) for layer in regularizer_layers(model)]
+    schedule = Schedule(lr_at_step, layers, total_steps, args.seed)
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)
 
@@ -138,11 +139,8 @@ def main(argv: list[str]) -> None:
                 bar,
                 sizes,
                 optimizer,
-                lr_at_step=lr_at_step,
-                layers=layers,
-                first_step=progress.step,
-                total_steps=total_steps,
-                seed=args.seed,
+                schedule,
+                progress.step,
                 accumulate_steps=args.accumulate_steps,
                 label_smoothing=args.label_smoothing,
                 amp=args.amp,

@@ -32,8 +32,8 @@ def test_nothing_waits_for_the_device_within_an_epoch(monkeypatch, method, amp):
 
     def train_epoch(epoch):
         batches = data.train_batches(train, mean, std, 128, "standard", 0, epoch)
-        steps = {"first_step": 2 * epoch, "total_steps": 4, "seed": 0, "layers": layers, "amp": amp}
-        return engine.train_epoch(model, batches, [128, 72], optimizer, lr_at_step=lambda _: 0.1, **steps)
+        schedule = engine.Schedule(lambda _: 0.1, layers, total_steps=4, seed=0)
+        return engine.train_epoch(model, batches, [128, 72], optimizer, schedule, first_step=2 * epoch, amp=amp)
 
     train_epoch(0)  # libraries may wait when they are loaded
     torch.cuda.set_sync_debug_mode("error")

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from disout import Disout
-from utils.engine import evaluate, train_epoch
+from utils.engine import Schedule, evaluate, train_epoch
 from utils.schedules import dist_prob_at
 
 
@@ -25,17 +25,8 @@ def train(model, batches):
     def train_model(first_step=0, batches=batches, lr_at_step=lambda step: 0.1):
         optimizer = torch.optim.SGD(model.parameters(), lr=123.0, momentum=0.9)
         sizes = [len(labels) for _, labels in batches]
-        return train_epoch(
-            model,
-            batches,
-            sizes,
-            optimizer,
-            lr_at_step=lr_at_step,
-            layers=[(model[2], 0.5)],
-            first_step=first_step,
-            total_steps=30,
-            seed=0,
-        )
+        schedule = Schedule(lr_at_step, [(model[2], 0.5)], total_steps=30, seed=0)
+        return train_epoch(model, batches, sizes, optimizer, schedule, first_step)
 
     return train_model
 
@@ -94,8 +85,8 @@ def test_accumulated_steps_are_those_of_whole_batches(model, batches):
     def trained(batches, sizes, accumulate_steps):
         model.load_state_dict(weights)
         optimizer, rates = torch.optim.SGD(model.parameters(), lr=1.0), []
-        fixed = {"layers": [], "first_step": 4, "total_steps": 9, "seed": 0, "accumulate_steps": accumulate_steps}
-        train_epoch(model, batches, sizes, optimizer, lr_at_step=lambda s: rates.append(s) or 0.1, **fixed)
+        schedule = Schedule(lambda step: rates.append(step) or 0.1, [], total_steps=9, seed=0)
+        train_epoch(model, batches, sizes, optimizer, schedule, 4, accumulate_steps=accumulate_steps)
         return model[1].weight.clone(), rates
 
     model[2].dist_prob = 0.0
@@ -112,8 +103,8 @@ def test_label_smoothing_is_in_the_gradient_and_not_in_the_reported_loss(model, 
     gradient = model[1].weight.grad.clone()
     before = model[1].weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    fixed = {"layers": [], "first_step": 0, "total_steps": 1, "seed": 0, "label_smoothing": 0.1}
-    scores = train_epoch(model, batches[:1], [8], optimizer, lr_at_step=lambda _: 1.0, **fixed)
+    schedule = Schedule(lambda _: 1.0, [], total_steps=1, seed=0)
+    scores = train_epoch(model, batches[:1], [8], optimizer, schedule, 0, label_smoothing=0.1)
     torch.testing.assert_close(before - model[1].weight, gradient)
     assert scores["train_loss"] == pytest.approx(plain)
 

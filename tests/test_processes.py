@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from disout import Disout
 from models.resnet_cifar import ResNet
 from utils import photographs
-from utils.engine import evaluate, train_epoch
+from utils.engine import Schedule, evaluate, train_epoch
 from utils.interruptions import Interruptions, Stopped
 from utils.processes import join, largest, leave
 
@@ -46,10 +46,10 @@ def indices(rank, world):
     return [[index for _, index in keys] for keys in sampler]
 
 
-def trained(model, batches, sizes, layers=(), **how):
+def trained(model, batches, sizes, layers=(), first_step=0, **how):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    steps = {"first_step": 0, "total_steps": 100, "seed": 0, "layers": list(layers)}
-    scores = train_epoch(model, batches, sizes, optimizer, lr_at_step=lambda _: 0.0, **steps | how)
+    schedule = Schedule(lambda _: 0.0, list(layers), total_steps=100, seed=0)
+    scores = train_epoch(model, batches, sizes, optimizer, schedule, first_step, **how)
     return scores, [parameter.grad.numpy() for parameter in model.parameters()]
 
 

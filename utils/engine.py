@@ -3,6 +3,7 @@ layers have a rate, `dist_prob`, and say what share they `distorted`."""
 
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +20,23 @@ class Diverged(Exception):
     """A loss, or a weight, that is not finite."""
 
 
+class Schedule(NamedTuple):
+    """What a run does in each of its steps, counted from 0."""
+
+    lr_at_step: Callable[[int], float]
+    layers: list[tuple[nn.Module, float]]  # of the regularizer, each with the rate that it grows to
+    total_steps: int
+    seed: int  # with the step and the process's rank, it seeds the layers' draws, so that any step can be replayed
+
+
 def train_epoch(
     model: nn.Module,
     batches: Batches,
     step_sizes: list[int],
     optimizer: torch.optim.Optimizer,
-    *,
-    lr_at_step: Callable[[int], float],
-    layers: list[tuple[nn.Module, float]],
+    schedule: Schedule,
     first_step: int,
-    total_steps: int,
-    seed: int,
+    *,
     accumulate_steps: int = 1,
     label_smoothing: float = 0.0,
     amp: bool = False,
@@ -43,13 +50,10 @@ def train_epoch(
         batches: this process's images (B, 3, H, W) and labels (B,), from `first_step` on; a label of -100 does not
             count.
         step_sizes: the images of each step of the epoch, of all batches and processes together.
-        lr_at_step: learning rate of a step.
-        layers: the regularizer's layers, each with the rate that it grows to.
-        first_step: the step to begin with, of `total_steps` in the whole run, counted from 0. Where it lies within an
-            epoch, this goes on with that epoch.
+        schedule: of the run.
+        first_step: the step to begin with. Where it lies within an epoch, this goes on with that epoch.
         totals: what `save` got at that step, where it lies within an epoch.
         amp: the network computes in bfloat16 where autocast says so; loss, weights and optimizer are float32.
-        seed: with the step and the process's rank, it seeds the layers' draws, so that any step can be replayed.
         save_is_due: asked after every step; where it says so, `save` gets the number of finished steps and the totals,
             a row a process.
 
@@ -60,6 +64,7 @@ def train_epoch(
     Raises:
         Diverged: a loss or weight is not finite, which is looked at before saving and at the end.
     """
+    lr_at_step, layers, total_steps, seed = schedule
     model.train()
     rank, world = processes()
     batches = iter(batches)
