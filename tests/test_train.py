@@ -1,32 +1,16 @@
-import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, read_json, same, without_times
+from conftest import metrics, read_json, same, stop_at, without_times
 
 import train
 from utils import record
 from utils.flags import run_script
 
 SHORT = ("--train_size", "200", "--epochs", "3")  # two steps an epoch
-
-
-def stop_at(monkeypatch, function, call):
-    """The next run is stopped at this call, counted from 1, of a function."""
-    calls = []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) == call:
-            monkeypatch.undo()
-            raise KeyboardInterrupt
-        return original(*args)
-
-    original = pkgutil.resolve_name(function)
-    monkeypatch.setattr(function, stop)
 
 
 def test_a_short_training_learns(run):
