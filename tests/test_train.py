@@ -149,7 +149,7 @@ def test_an_existing_run_is_not_overwritten(run, refused):
     before = (folder / "metrics.csv").read_bytes()
     assert "--resume" in refused(*SHORT)
     message = refused(*SHORT, "--resume", "--lr", "0.2", "--method", "dropblock", "--amp")
-    assert "amp: False -> True" in message
+    assert "amp:" not in message  # a run may go on in another precision
     assert all(word in message for word in ("lr: 0.1 -> 0.2", "method: disout -> dropblock", "alpha: 5.0 -> 0.0"))
     assert (folder / "metrics.csv").read_bytes() == before
 
