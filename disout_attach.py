@@ -8,8 +8,8 @@
     handle.remove()
 
 The strength of the distortion comes from the weight that reads the map next, so `attach` follows the map through the
-network, with torch.fx, to the layer that reads it first. It does not guess: where it cannot tell,
-it says so, and how to name the reader.
+network, with torch.fx, to the layer that reads it first. It does not guess: where it cannot tell, it says so, and how
+to name the reader.
 """
 
 from collections.abc import Mapping
@@ -20,17 +20,21 @@ from typing import Any, Literal, cast
 from torch import Tensor, fx, nn
 
 from disout import Disout
-from disout_readers import CONVOLUTIONS, LAYERS, RECURRENT, Graph, Reader
+from disout_readers import CONVOLUTIONS, LAYERS, RECURRENT, Graphs, Piece
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, Disout)
 
 
 class Hook:
     """A forward hook that distorts what its module returns. An object, so that a deep copy of the network reads the
-    copy's weights."""
+    copy's weights.
 
-    def __init__(self, layer: Disout, reader: Any, found: Reader | None, names: str) -> None:
-        self.layer, self.reader, self.found, self.names = layer, reader, found, names
+    `readers` are the layers that read its map, and `pieces` which part of it each reads: None for one that the user
+    named.
+    """
+
+    def __init__(self, layer: Disout, readers: list[Any], pieces: list[Piece | None], names: str) -> None:
+        self.layer, self.readers, self.pieces, self.names = layer, readers, pieces, names
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(module, RECURRENT):
@@ -42,24 +46,46 @@ class Hook:
             return x
         if not isinstance(x, Tensor):
             raise ValueError(f"{self.names}: only a map can be distorted, not a {type(x).__name__}")
-        return self.layer(x) if self.reader is None else self.layer(x, self.weight_for(x))
+        return self.layer(x, self.weight_for(x)) if self.readers else self.layer(x)
 
     def weight_for(self, x: Tensor) -> Tensor:
-        """The part of the reader's weight, (out, C, ...), that reads the C channels of x."""
-        reader, last = self.reader, self.layer.features_last or x.dim() == 2
-        weight: Any = reader.weight_ih_l0 if isinstance(reader, RECURRENT) else reader.weight
+        """The weight, (out, C, ...), that reads the C channels of x."""
+        last = self.layer.features_last or x.dim() == 2
         channels = x.shape[-1] if last else x.shape[1]
-        total = self.found.total if self.found and self.found.total else channels
-        reads = weight.shape[1] * getattr(reader, "groups", 1)
-        # A linear layer that reads a flattened map is a convolution whose kernel is the whole map.
-        flattened = isinstance(reader, nn.Linear) and (self.found or not last) and reads % total == 0
-        if reads != total and not flattened:
-            raise ValueError(f"{self.names}: the map has {channels} channels, and this layer reads {reads}")
-        if reads != total:
-            weight = weight.view(weight.shape[0], total, -1)
-        if self.found and self.found.channels != self.found.total:
-            weight = weight[:, self.found.first : self.found.first + channels]
-        return cast(Tensor, weight)
+        weights = []
+        for reader, piece in zip(self.readers, self.pieces, strict=True):
+            weight: Any = reader.weight_ih_l0 if isinstance(reader, RECURRENT) else reader.weight
+            groups = getattr(reader, "groups", 1)
+            total = piece.total if piece and piece.total else channels
+            reads = weight.shape[1] * groups
+            # A linear layer that reads a flattened map is a convolution whose kernel is the whole map.
+            flattened = isinstance(reader, nn.Linear) and (piece or not last) and reads % total == 0
+            if reads != total and not flattened:
+                raise ValueError(f"{self.names}: the map has {channels} channels, and this layer reads {reads}")
+            if reads != total:
+                weight = weight.view(weight.shape[0], total, -1)
+            if piece and piece.total and (len(self.pieces) > 1 or piece.columns != tuple(range(total))):
+                if groups > 1:  # of a group's outputs only the largest weights count
+                    weight = weight.detach().unflatten(0, (groups, -1)).amax(1).flatten(0, 1)[None]
+                weight = weight[:, list(piece.columns)]
+            weights.append(weight)
+        return cast(Tensor, weights[0] if len(weights) == 1 else joined(weights, self.pieces))
+
+
+def joined(weights: list[Tensor], pieces: list[Any]) -> Tensor:
+    """One weight, (1, C, K), that reads each channel as strongly as the layer of its piece does (see disout.strength),
+    though these have kernels of different sizes."""
+    largest = [
+        weight.detach().float().amax(0).reshape(len(piece.channels), -1)
+        for weight, piece in zip(weights, pieces, strict=True)
+    ]
+    most = max(weight.shape[1] for weight in largest)
+    whole = largest[0].new_zeros(1, sum(map(len, largest)), most)
+    for weight, piece in zip(largest, pieces, strict=True):
+        size = weight.shape[1]
+        tenth = 0.1 if size == 1 < most else 1.0
+        whole[0, list(piece.channels), :size] = weight * (tenth * most / size)
+    return whole
 
 
 class Handle:
@@ -116,7 +142,9 @@ def attach(
             return a map (N, C, ...), or (N, ..., C) as linear and recurrent layers do.
         dist_prob, block_size, alpha: of each Disout.
         readers: "auto" finds the weight that reads each map: that of the first convolution, linear or recurrent layer
-            in the order of use in training, with the defaults of the forward's optional arguments. A depthwise or
+            in the order of use in training, with the defaults of the forward's optional arguments; where a channel
+            shuffle or a chunk hands the channels to several layers, each channel's first. Where torch.fx cannot trace
+            the network, it looks within the largest part that it can trace and that holds the module. A depthwise or
             grouped convolution reads each channel with the kernels of its own group alone. A linear layer that reads a
             flattened map counts as a convolution whose kernel is the whole map. A recurrent layer reads with
             weight_ih_l0. A mapping names the readers of some maps, {"layer4.2.conv1": "layer4.2.conv2"}; None, for all
@@ -138,31 +166,29 @@ def attach(
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"where: no module of the network is called {pattern!r}")
     given = named_readers(readers, names, modules)
-    graph = None
-    try:
-        graph = Graph(model, names)
-    except ValueError:
-        if len(given) < len(names):
-            raise
-    found = graph.first_readers([name for name in names if name not in given]) if graph else {}
+    graphs = Graphs(model, names)
+    found = graphs.first_readers([name for name in names if name not in given])
 
     handle = Handle()
     try:
         for name in names:
             if isinstance(modules[name], RECURRENT) and not modules[name].batch_first and block_size > 1:
                 raise ValueError(f"{name} is not batch_first, so blocks would lie across samples: say block_size=1")
-            last = is_features_last(name, modules[name], graph) if features_last is None else features_last
-            reader = found[name].name if name in found else given[name]
+            last = is_features_last(name, modules[name], graphs) if features_last is None else features_last
+            pieces: list[Piece | None] = [None] if given.get(name) else []
+            if name in found:
+                pieces = [*found[name].pieces]
+            layers = [modules[piece.name if piece else str(given[name])] for piece in pieces]
+            reader = str(found.get(name) or given[name] or "no reader")
             layer = Disout(dist_prob, block_size, alpha, features_last=last).train(model.training)
             layer.to(device_of(modules[name]) or device_of(model))
             host = host_of(modules[name], model)
             attribute = next(free for free in map("disout{}".format, count()) if not hasattr(host, free))
             host.add_module(attribute, layer)
-            hook = Hook(layer, reader and modules[reader], found.get(name), f"{name} -> {reader or 'no reader'}")
+            hook = Hook(layer, layers, pieces, f"{name} -> {reader}")
             handle._places.append((modules[name].register_forward_hook(hook), host, attribute))
             handle.layers[name] = layer
-            first_of = f" (first of {found[name].of})" if name in found and found[name].of > 1 else ""
-            handle._readers[name] = f"{reader or 'no reader'}{first_of}"
+            handle._readers[name] = reader
     except ValueError:
         handle.remove()
         raise
@@ -187,14 +213,15 @@ def named_readers(
     return dict(readers)
 
 
-def is_features_last(name: str, module: nn.Module, graph: Graph | None) -> bool:
+def is_features_last(name: str, module: nn.Module, graphs: Graphs) -> bool:
     """Whether the features are the last dimension of what a module returns."""
+    graph = graphs.of(name)
     shown = graph.is_features_last(name) if graph else None
     if shown is not None:
         return shown
     if isinstance(module, (nn.Linear, nn.Embedding, *RECURRENT)):
         return True
-    if isinstance(module, (*CONVOLUTIONS, nn.BatchNorm1d, nn.BatchNorm2d)):
+    if isinstance(module, (*CONVOLUTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
         return False
     raise ValueError(f"{name}: say features_last=False if it returns (N, C, ...), or True if (N, ..., C)")
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from models.regularizers import make_regularizer, regularizer_layers
 from models.resnet_cifar import ResNet
 from utils import data
-from utils.checkpoint import Checkpoints, Progress, load_weights
+from utils.checkpoint import Checkpoints, Progress, has_checkpoint, load_weights
 from utils.engine import Schedule, evaluate, train_epoch
 from utils.files import lock_folder
 from utils.flags import Parser, add_shared_flags, check_folder, number, resnet_depth, run_script, run_settings
@@ -75,6 +75,8 @@ def main(argv: list[str]) -> None:
         scores = evaluate(model, data.test_batches(test, mean, std), args.amp)
         print(f"{args.evaluate}: top1 {scores['test_top1']:.2f} %, top5 {scores['test_top5']:.2f} % ({evaluated_on})")
         return
+    if args.init and not has_checkpoint(folder):
+        load_weights(Path(args.init), model)
 
     # Optimizer and schedules
     optimizer = torch.optim.SGD(

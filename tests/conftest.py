@@ -1,5 +1,6 @@
 import csv
 import json
+import pkgutil
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,21 @@ def photographs_folder(tmp_path_factory) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             image.save(target, quality=95)
     return folder
+
+
+def stop_at(monkeypatch, function, call):
+    """The next run is stopped at this call, counted from 1, of a function."""
+    calls = []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == call:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = pkgutil.resolve_name(function)
+    monkeypatch.setattr(function, stop)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint_sequential
 
+from disout import strength
 from disout_attach import attach
 from models.regularizers import make_regularizer, regularizer_layers
 from models.resnet_cifar import ResNet
@@ -423,7 +424,29 @@ FORWARDS = {
         "a",
         None,
     ),
-    "chosen channels": (net(lambda n, x: n.b(n.a(x)[:, [1, 0, 2]]), a=conv(3, 3), b=conv(3, 3)), "a", None),
+    "chosen channels": (net(lambda n, x: n.b(n.a(x)[:, [1, 0, 2]]), a=conv(3, 3), b=conv(3, 3)), "a", "b"),
+    "channels that nothing reads": (net(lambda n, x: n.b(n.a(x)[:, :2]), a=conv(3, 3), b=conv(2, 3)), "a", None),
+    "a channel that is read twice": (
+        net(lambda n, x: n.b(n.a(x)[:, [0, 1, 0]]), a=conv(3, 2), b=conv(3, 3)),
+        "a",
+        None,
+    ),
+    "half times the other half": (
+        net(lambda n, x: n.b((y := n.a(x).chunk(2, 1))[0] * y[1].sigmoid()), a=conv(3, 8), b=conv(4, 3)),
+        "a",
+        None,
+    ),
+    "pixels for channels": (
+        net(lambda n, x: n.b((y := n.a(x)).view(y.size(0), y.size(2), y.size(1), -1)), a=conv(3, 8), b=conv(8, 3)),
+        "a",
+        None,
+    ),
+    "a shuffle of samples": (net(lambda n, x: n.b(n.a(x).view(-1, 4, 2, 2)), a=conv(3, 8), b=conv(4, 3)), "a", None),
+    "an unfinished shuffle": (
+        net(lambda n, x: n.b(n.a(x).unflatten(1, (2, 4)).mean(1)), a=conv(3, 8), b=conv(4, 3)),
+        "a",
+        None,
+    ),
     "a transposed map": (
         net(lambda n, x: n.b((y := n.a(x)) + n.c(y.mT).mT), a=conv(3, 3), b=conv(3, 3), c=conv(3, 3)),
         "a",
@@ -509,6 +532,164 @@ FORWARDS = {
     ),
     "a tuple": (net(lambda n, x: n.b(n.a(x)[0]), a=net(lambda n, x: (x, x)), b=conv(3, 3)), "a", None),
 }
+
+
+def shuffled(x):
+    n, channels, height, width = x.shape
+    return x.view(n, 2, channels // 2, height, width).transpose(1, 2).contiguous().view(n, channels, height, width)
+
+
+SHUFFLES = {
+    "by hand": shuffled,
+    "unflatten": lambda x: x.unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2),
+    "torch's": lambda x: nn.functional.channel_shuffle(x, 2),
+    "torch's module": nn.ChannelShuffle(2),
+    "chosen": lambda x: x[:, [0, 3, 1, 4, 2, 5]],
+    "chunks": lambda x: torch.cat([x[:, channel : channel + 1] for channel in (0, 3, 1, 4, 2, 5)], 1),
+}
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("how", SHUFFLES)
+def test_a_shuffled_map_reads_the_weight_in_its_own_order(how, groups):
+    model = net(
+        lambda n, x: n.b(n.shuffle(n.a(x))), a=conv(3, 6), b=nn.Conv2d(6, 12, 3, groups=groups), shuffle=SHUFFLES[how]
+    )
+    layer, weights = attach(model, "a", 0.5, 3).layers["a"], []
+    layer.register_forward_pre_hook(lambda _, inputs: weights.append(inputs[1]))
+    model(torch.randn(2, 3, 8, 8))
+    largest = model.b.weight.view(groups, 12 // groups, 6 // groups, 3, 3).amax(1).reshape(6, 3, 3)  # as they are read
+    assert torch.equal(weights[0].amax(0), largest[[0, 2, 4, 1, 3, 5]])
+
+
+def test_each_channel_of_a_shuffle_network_is_read_by_the_layer_that_it_reaches_first():
+    """That whose input is the first to change with the channel."""
+    model, place, x = models.shufflenet_v2_x0_5().eval(), "stage2.0.branch2.7", torch.randn(2, 3, 64, 64)
+
+    def inputs(channel):
+        seen = []
+        change = lambda _module, _inputs, y: y + (torch.arange(24) == channel)[:, None, None]  # noqa: E731
+        hooks = [model.get_submodule(place).register_forward_hook(change)]
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                hooks.append(module.register_forward_pre_hook(lambda module, given: seen.append((module, given[0]))))
+        model(x)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    expected, plain, readers = [], inputs(-1), set()
+    for channel in range(24):
+        pairs = zip(plain, inputs(channel), strict=True)
+        changes = ((reader, (before != after).any(0).any(-1).any(-1)) for (reader, before), (_, after) in pairs)
+        reader, changed = next((reader, changed) for reader, changed in changes if changed.any())
+        [column], weight = changed.nonzero().flatten().tolist(), reader.weight.detach()
+        expected.append(weight[column].mean() if reader.groups > 1 else 0.1 * weight[:, column].max())
+        readers.add(reader)
+    assert {reader.groups > 1 for reader in readers} == {True, False} and len(readers) == 4
+
+    handle, weights = attach(model, place, 0.5), []
+    handle.layers[place].register_forward_pre_hook(lambda _, given: weights.append(given[1]))
+    model.train()(x)
+    torch.testing.assert_close(strength(weights[0], torch.ones(24, 9)), torch.stack(expected))
+    assert str(handle).endswith("stage3.0.branch1.0 (12 + 6 + 3 + 3 channels)")
+
+
+def halves(network, x):
+    left, right = network.a(x).chunk(2, 1)
+    return network.d(left) + network.e(right)
+
+
+def test_two_halves_are_read_by_two_layers_whose_kernels_differ():
+    model = net(halves, a=conv(3, 8), d=nn.Conv2d(4, 4, 3, padding=1, groups=4), e=conv(4, 4))
+    handle, weights = attach(model, "a", 0.5, 3), []
+    assert str(handle) == "a -> d + e (4 + 4 channels)"
+    handle.layers["a"].register_forward_pre_hook(lambda _, inputs: weights.append(inputs[1]))
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    of_halves = [model.d.weight.mean((1, 2, 3)), 0.1 * model.e.weight.amax((0, 2, 3))]
+    torch.testing.assert_close(strength(weights[0], torch.ones(8, 9)), torch.cat(of_halves).detach())
+
+
+def test_a_gate_is_called_one():
+    with pytest.raises(ValueError, match=r"se\.fc2 is a gate: what it returns multiplies a map .* leave it out"):
+        attach(models.regnet_y_400mf(), "*block4-0.f.se.fc2", 0.5)
+
+
+class Untraceable(nn.Module):
+    """Around a network."""
+
+    def __init__(self, body, fc):
+        super().__init__()
+        self.body, self.fc = body, fc
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            raise ValueError("too large")
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+def test_of_an_untraceable_network_the_largest_part_that_can_be_traced_is_looked_at(x):
+    group = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8))
+    model = Untraceable(nn.Sequential(group, conv(8, 4)), linear(4, 2))
+    handle = attach(model, ["body.0.0", "body.0.2"], 0.5)
+    assert str(handle) == "body.0.0 -> body.0.2 (within body)\nbody.0.2 -> body.1 (within body)"
+    model(x).sum().backward()
+    assert all(layer.distorted > 0 for layer in handle.layers.values())
+    handle.remove()
+    with pytest.raises(ValueError, match=r'reads body\.1: name it, readers=\{"body\.1": "\.\.\."\}'):
+        attach(model, "body.1", 0.5)
+    assert str(attach(model, "body.1", 0.5, readers={"body.1": "fc"})) == "body.1 -> fc"
+    outer = Untraceable(nn.Sequential(Untraceable(group, nn.Identity()), conv(8, 4)), linear(4, 2))
+    assert str(attach(outer, "body.0.body.0", 0.5)) == "body.0.body.0 -> body.0.body.2 (within body.0.body)"
+    with pytest.raises(ValueError, match=r"nor a part of it that holds body\.1: name it"):
+        attach(outer, "body.1", 0.5)
+
+
+def test_a_detector():
+    detector = models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    handle = attach(detector, ["backbone.body.layer4.*.conv2", "backbone.body.layer4.2.conv3"], 0.1)
+    assert str(handle).splitlines() == [
+        *(
+            f"backbone.body.layer4.{block}.conv2 -> backbone.body.layer4.{block}.conv3 (within backbone)"
+            for block in (0, 1, 2)
+        ),
+        "backbone.body.layer4.2.conv3 -> backbone.fpn.inner_blocks.3.0 (within backbone)",
+    ]
+
+
+def test_the_readers_of_maps_with_three_sides():
+    handle = attach(models.video.r3d_18(), ["stem", "layer4.1.conv?", "layer4.1.conv1.1"], 0.1)
+    lines = dict(line.split(" -> ") for line in str(handle).splitlines())
+    assert lines == {
+        "stem": "layer1.0.conv1.0 (first of 4)",
+        "layer4.1.conv1": "layer4.1.conv2.0",
+        "layer4.1.conv1.1": "layer4.1.conv2.0",
+        "layer4.1.conv2": "fc",
+    }
+    assert not any(layer.features_last for layer in handle.layers.values())
+
+
+@pytest.mark.parametrize("sides", [1, 2, 3])
+def test_what_a_map_passes_is_known_whatever_the_number_of_its_sides(sides):
+    make = {
+        name: getattr(nn, f"{name}{sides}d") for name in ("Conv", "BatchNorm", "MaxPool", "AdaptiveAvgPool", "Dropout")
+    }
+    model = nn.Sequential(
+        *(make["Conv"](2, 3, 1), make["BatchNorm"](3), make["MaxPool"](2), make["Dropout"](0.1), make["Conv"](3, 4, 1)),
+        *(make["AdaptiveAvgPool"](1), nn.Flatten(), nn.Linear(4, 2)),
+    )
+    assert str(attach(model, ["0", "1", "4"], 0.1)) == "0 -> 4\n1 -> 4\n4 -> 7"
+    last = (0, *range(2, 2 + sides), 1)
+
+    def forward(n, x):
+        y = n.drop(n.pool(torch.cat([n.a(x), n.a2(x)], 1)).relu())
+        return n.b(y.transpose(1, 2) if sides == 1 else y.permute(last))
+
+    functions = {"pool": f"adaptive_max_pool{sides}d", "drop": f"dropout{sides}d"}
+    functions = {name: partial(getattr(nn.functional, function)) for name, function in functions.items()}
+    functions["pool"] = partial(functions["pool"], output_size=2)
+    model = net(forward, a=make["Conv"](2, 3, 1), a2=make["Conv"](2, 4, 1), b=linear(7, 2), **functions)
+    assert str(attach(model, "a2", 0.1)) == "a2 -> b"
 
 
 @pytest.mark.parametrize("name", FORWARDS)

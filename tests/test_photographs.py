@@ -1,8 +1,11 @@
 import shutil
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from utils import photographs
 from utils.photographs import EpochSampler, ImageError
@@ -112,6 +115,69 @@ def test_an_image_that_is_too_large_to_trust_is_one_that_cannot_be_read(load, mo
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
     with pytest.raises(ImageError, match=r"cannot be read.*decompression bomb"):
         epoch_of(load()[0], [21])
+
+
+def test_hidden_files_and_folders_are_no_images_and_no_classes(load, photographs_folder, tmp_path):
+    folder = shutil.copytree(photographs_folder, tmp_path / ".hidden/copied")  # what lies above is not looked at
+    for part in ("train", "val"):
+        (folder / part / "red/._00.jpg").write_bytes(b"a Mac's")
+        (folder / part / ".DS_Store").touch()
+        for hidden in (".ipynb_checkpoints", "red/.AppleDouble"):
+            (folder / part / hidden).mkdir()
+            shutil.copy(folder / part / "red/00.jpg", folder / part / hidden)
+    for seen, expected in zip(load(folder=folder), load(), strict=True):
+        assert seen.classes == expected.classes == ["blue", "red"]
+        assert [(path.split("/copied/")[1], label) for path, label in seen.samples] == [
+            (path.split("/photographs0/")[1], label) for path, label in expected.samples
+        ]
+    shutil.rmtree(folder / "val")
+    (folder / "val/.blue").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="val: Couldn't find any class folder"):
+        load(folder=folder)
+
+
+@pytest.fixture
+def one_image(tmp_path):
+    """A data set of one array that Pillow saves as it is, at its own size."""
+
+    def make(grey, suffix):
+        (tmp_path / "one/grey").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grey).save(tmp_path / f"one/grey/image{suffix}")
+        return photographs.Photographs(tmp_path / "one", v2.PILToTensor(), 0, skip_corrupt=False)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "modes"),
+    [("<u2", ".png", {"I;16", "I"}), ("<u2", ".tiff", {"I;16"}), (">u2", ".tiff", {"I;16B"}), ("<i4", ".tiff", {"I"})],
+)
+def test_16_bit_grey_is_scaled_to_8_bits(one_image, tmp_path, kind, suffix, modes):
+    ramp = 256 * np.arange(256).reshape(16, 16) + np.arange(16)
+    images = one_image(ramp.astype(kind), suffix)
+    with Image.open(tmp_path / f"one/grey/image{suffix}") as image:
+        assert image.mode in modes
+    expected = torch.arange(256, dtype=torch.uint8).view(16, 16).expand(3, 16, 16)
+    assert torch.equal(images[0, 0][0], expected)
+
+
+@pytest.mark.parametrize(("kind", "value", "mode"), [("f4", 0.5, "F"), ("i4", 2**16, "I"), ("i4", -1, "I")])
+def test_grey_without_a_known_scale_is_an_image_that_cannot_be_read(one_image, kind, value, mode):
+    images = one_image(np.full((9, 9), value, kind), ".tiff")
+    with pytest.raises(ImageError, match=rf"image\.tiff cannot be read .*scale.*mode {mode}"):
+        images[0, 0]
+
+
+def test_broken_exif_is_not_spoken_of(load, photographs_folder, tmp_path):
+    folder, exif = shutil.copytree(photographs_folder, tmp_path / "exif"), Image.Exif()
+    exif[0x010E] = "a description" * 9
+    for path in (folder / "train").rglob("*.jpg"):
+        Image.open(path).save(path, exif=exif.tobytes()[:60])
+    with pytest.warns(UserWarning, match="Tag data"):
+        Image.open(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        epoch_of(load(folder=folder)[0], [21])
 
 
 def test_classes_of_both_parts_must_agree(load, broken_folder):

@@ -1,32 +1,16 @@
-import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, read_json, same, without_times
+from conftest import metrics, read_json, same, stop_at, without_times
 
 import train
 from utils import record
 from utils.flags import run_script
 
 SHORT = ("--train_size", "200", "--epochs", "3")  # two steps an epoch
-
-
-def stop_at(monkeypatch, function, call):
-    """The next run is stopped at this call, counted from 1, of a function."""
-    calls = []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) == call:
-            monkeypatch.undo()
-            raise KeyboardInterrupt
-        return original(*args)
-
-    original = pkgutil.resolve_name(function)
-    monkeypatch.setattr(function, stop)
 
 
 def test_a_short_training_learns(run):
@@ -165,7 +149,7 @@ def test_an_existing_run_is_not_overwritten(run, refused):
     before = (folder / "metrics.csv").read_bytes()
     assert "--resume" in refused(*SHORT)
     message = refused(*SHORT, "--resume", "--lr", "0.2", "--method", "dropblock", "--amp")
-    assert "amp: False -> True" in message
+    assert "amp:" not in message  # a run may go on in another precision
     assert all(word in message for word in ("lr: 0.1 -> 0.2", "method: disout -> dropblock", "alpha: 5.0 -> 0.0"))
     assert (folder / "metrics.csv").read_bytes() == before
 

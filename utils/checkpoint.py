@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,12 @@ from torch import Tensor, nn
 from utils.files import replacing
 from utils.processes import is_first
 from utils.settings import changed_settings, fixed_settings
+
+NAMES = ("checkpoint.pt", "checkpoint_previous.pt")
+
+# Under what scripts put their weights, and what DataParallel and torch.compile put before their names. No module of our
+# networks is called so.
+WRAPPINGS = ("state_dict", "model", "net", "module", "_orig_mod")
 
 
 class CheckpointError(Exception):
@@ -27,11 +34,15 @@ class Progress(NamedTuple):
     seconds: float = 0.0
 
 
+def has_checkpoint(folder: Path) -> bool:
+    return any((folder / name).exists() for name in NAMES)
+
+
 class Checkpoints:
     """checkpoint.pt in a run's folder, and checkpoint_previous.pt, which was written before it."""
 
     def __init__(self, folder: Path, settings: dict[str, object], defaults: dict[str, object]) -> None:
-        self.last, self.previous = folder / "checkpoint.pt", folder / "checkpoint_previous.pt"
+        self.last, self.previous = (folder / name for name in NAMES)
         self.settings, self.defaults = fixed_settings(settings), defaults
         self.last_is_good = False
 
@@ -85,10 +96,19 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Puts the weights of a checkpoint, or of a plain state dict such as best.pt, into `model`."""
+    """Puts the weights of a checkpoint, or of a plain state dict such as best.pt, into `model`. They may lie under one
+    of WRAPPINGS, and have them in their names.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is of another network.
+    """
     state = read(path)
     try:
-        model.load_state_dict(state.get("model", state))
+        while inner := [state[name] for name in WRAPPINGS if isinstance(state.get(name), dict)]:
+            state = inner[0]
+        weights = {".".join(part for part in name.split(".") if part not in WRAPPINGS): state[name] for name in state}
+        weights.pop("n_averaged", None)  # beside the weights of an AveragedModel
+        model.load_state_dict(weights)
     except (AttributeError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} holds no weights of this network ({reason(error)}): has it another depth or other classes?"
@@ -104,7 +124,8 @@ def write(path: Path, state: dict[str, object]) -> None:
 
 def read(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # in which timm and torchvision put a run's flags
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # the unpickler raises whatever it stumbles over

@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 
 from models.regularizers import METHODS
-from utils.checkpoint import CheckpointError
+from utils.checkpoint import CheckpointError, has_checkpoint
 from utils.engine import Diverged
 from utils.files import LOCK, InUse
 from utils.interruptions import Stopped
@@ -115,6 +115,7 @@ def add_shared_flags(parser: Parser) -> None:
     parser.add_argument("--name", type=folder_name, help="the run's folder (default: DATASET-resnetDEPTH-METHOD-sSEED)")
     parser.add_argument("--resume", action="store_true", help="go on after the last checkpoint, or start")
     add("--save_minutes", number(float, above=0), "between checkpoints, beside the one after every epoch", 10.0)
+    parser.add_argument("--init", metavar="FILE", help="start from the weights of a checkpoint or a state dict")
     parser.add_argument("--evaluate", metavar="FILE", help="only evaluate a checkpoint or a state dict (best.pt)")
 
 
@@ -139,14 +140,26 @@ def run_settings(args: argparse.Namespace, parser: Parser) -> tuple[dict[str, ob
 def check_folder(args: argparse.Namespace, settings: dict[str, object], defaults: dict[str, object]) -> Path:
     """The run's folder. Raises UsageError where the flags do not fit it."""
     folder = Path(args.output, args.name)
+    if args.evaluate and args.init:
+        raise UsageError("--evaluate and --init: the one trains nothing, the other starts a training: leave one out")
+    for flag, path in (("--evaluate", args.evaluate), ("--init", args.init)):
+        if path and not Path(path).is_file() and not (flag == "--init" and has_checkpoint(folder)):
+            hint = ": name its best.pt" if Path(path).is_dir() else ""
+            raise UsageError(f"argument {flag}: {path} is no file{hint}")
     if args.evaluate:
-        if not Path(args.evaluate).is_file():
-            hint = ": name its best.pt" if Path(args.evaluate).is_dir() else ""
-            raise UsageError(f"argument --evaluate: {args.evaluate} is no file{hint}")
-    elif not args.resume and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+        return folder
+    if not args.resume and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise UsageError(f"{folder} holds a run already: add --resume to go on with it, or give another --name")
-    elif changed := changed_settings(started_with(folder, settings), settings, defaults):
-        raise UsageError(f"{folder} was started with other settings ({', '.join(changed)}): give another --name")
+    if changed := changed_settings(started_with(folder, settings), settings, defaults):
+        why = ""
+        if any(change.startswith("epochs: ") for change in changed):
+            why = "; the schedules of learning rate and dist_prob belong to the number of epochs"
+        init = (
+            f", with --init {folder}/checkpoint.pt to start from this run's weights" if has_checkpoint(folder) else ""
+        )
+        raise UsageError(
+            f"{folder} was started with other settings ({', '.join(changed)}){why}: give another --name{init}"
+        )
     return folder
 
 

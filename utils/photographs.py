@@ -6,15 +6,18 @@ same whatever the number of workers and processes.
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import v2
 
 from utils.seeds import seed_for
@@ -31,6 +34,21 @@ class ImageError(Exception):
     """An image that cannot be read."""
 
 
+class VisibleFolder(ImageFolder):
+    """Without hidden files and folders, such as the ._A.JPEG that a Mac puts beside A.JPEG, or .ipynb_checkpoints."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            folder, is_valid_file=lambda path: is_image_file(path) and "/." not in path.removeprefix(str(folder))
+        )
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        classes = sorted(path.name for path in Path(directory).glob("[!.]*") if path.is_dir())
+        if not classes:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
 class Photographs(Dataset):
     """Under the key (epoch, index): uint8 (3, size, size) and the label.
 
@@ -41,7 +59,7 @@ class Photographs(Dataset):
 
     def __init__(self, folder: Path, transform: v2.Transform, seed: int, skip_corrupt: bool) -> None:
         try:
-            found = ImageFolder(folder)
+            found = VisibleFolder(folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{folder}: {str(error).split('. ')[0]}") from None
         self.samples, self.classes = found.samples, found.classes
@@ -54,8 +72,10 @@ class Photographs(Dataset):
         epoch, index = key
         path, label = self.samples[index]
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")  # grey, palette and CMYK images too
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, of EXIF that is broken, which nothing reads
+                with Image.open(path) as file:
+                    image = to_rgb(file)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             if not self.skip_corrupt:
                 raise ImageError(
@@ -65,6 +85,22 @@ class Photographs(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_for("photograph", self.seed, epoch, index))
             return self.transform(image), label
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Grey, palette and CMYK images too. Of 16-bit grey the higher 8 bits, as Pillow itself takes of 16-bit colour.
+
+    Raises:
+        ValueError: its greys have no known scale.
+    """
+    image.load()
+    if image.mode.startswith("I"):  # I;16 and its kin; I, 32 bits, is what older Pillows make of a 16-bit PNG
+        grey = np.asarray(image)
+        if grey.min() >= 0 and grey.max() < 2**16:
+            return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its greys have no known scale, as it is of mode {image.mode}: save it with 8 or 16 bits")
+    return image.convert("RGB")
 
 
 class Cutout(torch.nn.Module):
