@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint_sequential
 
 from disout_attach import attach
+from models.cnn import CNN
 from models.regularizers import make_regularizer, regularizer_layers
 from models.resnet_cifar import ResNet
 from models.resnet_imagenet import ResNet50
@@ -136,6 +137,7 @@ def test_networks(name):
             {"inner1": "{}.bn1", "inner2": "{}.bn2", "branch": "{}.bn3", "shortcut": "{}.downsample"},
             28,
         ),
+        (lambda made: CNN(10, made), {"hidden1": "relu1", "hidden2": "relu2"}, 2),
     ],
 )
 def test_the_readers_are_those_of_our_own_wiring(make, places, count):
