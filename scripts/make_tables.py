@@ -50,7 +50,7 @@ ON_TABLE_1 = (
     "The authors published neither code nor settings of this table: all but the network is our choice, and the "
     "script's settings are not tuned yet. We could not read the table itself; the paper's figures are a third party's "
     "transcription, without the deviations. A third party's rerun (jiahy0825/Disout) is one run each, best epoch, with "
-    "augmentation, batch norm and a constant rate. The strongest other method of the paper is RDdrop, with {} %; no "
+    "augmentation and a constant rate. The strongest other method of the paper is RDdrop, with {} %; no "
     "row here runs it."
 )
 
