@@ -1,9 +1,10 @@
-"""torch.hub.load(REPO, "resnet56_disout", source="local")"""
+"""torch.hub.load(REPO, NAME, source="local"), where NAME is a function of this file."""
 
 from pathlib import Path
 
 import torch
 
+from models.cnn import CNN
 from models.regularizers import make_regularizer
 from models.resnet_cifar import ResNet
 
@@ -30,3 +31,10 @@ def resnet56_disout(
             raise FileNotFoundError(f"there are no published weights for {num_classes} classes: {path}")
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model
+
+
+def cnn_disout(num_classes: int = 10, dist_prob: float = 0.5, alpha: float = 5.0) -> CNN:
+    """The plain CNN for 32 x 32 images with Disout after its two hidden linear layers, as train.py --model cnn trains
+    it. There are no pretrained weights.
+    """
+    return CNN(num_classes, make_regularizer("disout", dist_prob, 1, alpha, inside=False))

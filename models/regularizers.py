@@ -10,14 +10,15 @@ from torchvision.ops import StochasticDepth
 from disout import Disout
 
 # A network calls its regularizer with a place ('inner': between a block's convolutions, 'branch': before the addition,
-# 'shortcut': on the other side of it) and the share of the rate that acts there, and inserts what it gets back, if
-# anything. Every layer takes forward(x, next_weight=None) and has a settable `dist_prob` and a `distorted`.
+# 'shortcut': on the other side of it, 'hidden': after a linear layer's ReLU) and the share of the rate that acts there,
+# and inserts what it gets back, if anything. Every layer takes forward(x, next_weight=None) and has a settable
+# `dist_prob` and a `distorted`.
 Regularizer = Callable[[str, float], nn.Module | None]
 
 
 class Dropped(nn.Module):
     """A layer of torch or torchvision that zeroes at its rate `p`, as a regularizer's layer. It draws its mask on ones,
-    (N, C, H, W) cut to `dims` dimensions, so that what it dropped can be counted."""
+    (N, C, H, W) or (N, F) cut to `dims` dimensions, so that what it dropped can be counted."""
 
     def __init__(self, layer: nn.Module, dims: int) -> None:
         super().__init__()

@@ -76,8 +76,10 @@ def read_runs(folder: Path) -> list[Run]:
 
 def load_trained(run: Path) -> tuple[dict, ResNet, tuple[data.Images, data.Images, Tensor, Tensor]]:
     """config.json, the network after its last epoch, without regularizer, and what it worked on, of a run of train.py
-    that has its checkpoint."""
+    that has its checkpoint; of a ResNet, as whoever asks looks at its last group."""
     config = json.loads((run / "config.json").read_text())
+    if config.get("model", "resnet") != "resnet":
+        sys.exit(f"{run} is of --model {config['model']}: only a ResNet has the maps that are looked at here")
     parts = (config[name] for name in ("dataset", "data_root", "train_size", "holdout"))
     model = ResNet(config["depth"], data.DATASETS[config["dataset"]][0]).to(memory_format=torch.channels_last)
     load_weights(run / "checkpoint.pt", model)
@@ -104,10 +106,15 @@ def published_settings(script: str) -> dict[str, tuple[str, dict[str, object]]]:
     return rows
 
 
+def recipe(run: Run) -> dict[str, object]:
+    """The settings that the run's script has for its network."""
+    model = ["--model", run.config["model"]] if "model" in run.config else []
+    return settings_of(shlex.split(run.config["command"])[:2] + model)
+
+
 def settings_in(run: Run) -> dict[str, object]:
     """The settings that a run had. A flag that is younger than the run had its default."""
-    defaults = settings_of(shlex.split(run.config["command"])[:2])
-    return {name: run.config.get(name, value) for name, value in defaults.items()}
+    return {name: run.config.get(name, value) for name, value in recipe(run).items()}
 
 
 def differing(run: Run, settings: dict[str, object]) -> dict[str, object]:
@@ -116,9 +123,9 @@ def differing(run: Run, settings: dict[str, object]) -> dict[str, object]:
 
 
 def apart_from_recipe(run: Run) -> dict[str, object]:
-    """The run's settings that are not the recipe's, but for the method's."""
-    recipe = settings_of(shlex.split(run.config["command"])[:2])
-    return {name: value for name, value in differing(run, recipe).items() if name not in METHOD}
+    """The run's settings that are not the recipe's, but for the method's; and its network, if it is no ResNet."""
+    apart = differing(run, recipe(run) | {"model": "resnet"})
+    return {name: value for name, value in apart.items() if name not in METHOD}
 
 
 def in_bfloat16(run: Run) -> bool:
@@ -182,7 +189,7 @@ def references(group: list[Run], groups: list[list[Run]]) -> list[list[Run]]:
 
 def is_default(run: Run) -> bool:
     """Whether Disout has the script's own setting, which is the authors'."""
-    defaults, of = settings_of(shlex.split(run.config["command"])[:2]), settings_in(run)
+    defaults, of = recipe(run), settings_in(run)
     return all(of[name] == defaults[name] for name in ("dist_prob", "alpha", "block_size", "inside"))
 
 

@@ -14,10 +14,11 @@ from utils.flags import run_script
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs train.py in this process, on the digits with the smallest ResNet; returns the run's folder."""
+    """Runs train.py in this process, on the digits, with the smallest ResNet unless told; returns the run's folder."""
 
     def run_train(*flags: str, name: str = "run") -> Path:
-        train.main(["--dataset", "digits", "--depth", "8", "--output", str(tmp_path), "--name", name, *flags])
+        network = [] if "--model" in flags else ["--depth", "8"]
+        train.main(["--dataset", "digits", *network, "--output", str(tmp_path), "--name", name, *flags])
         return tmp_path / name
 
     return run_train

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from disout import strength
 from disout_attach import attach
+from models.cnn import CNN
 from models.regularizers import make_regularizer, regularizer_layers
 from models.resnet_cifar import ResNet
 from models.resnet_imagenet import ResNet50
@@ -137,6 +138,7 @@ def test_networks(name):
             {"inner1": "{}.bn1", "inner2": "{}.bn2", "branch": "{}.bn3", "shortcut": "{}.downsample"},
             28,
         ),
+        (lambda made: CNN(10, made), {"hidden1": "relu1", "hidden2": "relu2"}, 2),
     ],
 )
 def test_the_readers_are_those_of_our_own_wiring(make, places, count):

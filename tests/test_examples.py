@@ -33,9 +33,14 @@ def test_the_package_installs_modules_that_need_torch_alone(tmp_path):
     ]
 
 
-def test_the_hub_gives_the_network(tmp_path, monkeypatch):
+def test_the_hub_gives_the_networks(tmp_path, monkeypatch):
     model = torch.hub.load(str(ROOT), "resnet56_disout", source="local", num_classes=100)
     assert sum(parameter.numel() for parameter in model.parameters()) == 861_428
     assert [module.dist_prob for module in model.modules() if hasattr(module, "dist_prob")] == [0.09] * 18
     with pytest.raises(FileNotFoundError, match="7 classes"):
         torch.hub.load(str(ROOT), "resnet56_disout", source="local", num_classes=7, pretrained=True)
+    cnn = torch.hub.load(str(ROOT), "cnn_disout", source="local", num_classes=100, alpha=2.0)
+    assert cnn.fc3.out_features == 100
+    assert [(layer.dist_prob, layer.block_size, layer.alpha) for layer in (cnn.hidden1, cnn.hidden2)] == [
+        (0.5, 1, 2)
+    ] * 2

@@ -187,3 +187,47 @@ def test_a_flag_that_is_younger_than_the_run_had_its_default(publish, page):
     settings = {name: value for name, value in ROWS["none"].items() if name != "label_smoothing"}
     publish("old", "none", settings, 0, (90, 91))
     assert "91.00" in page()["Table 2, CIFAR-10 (ResNet-56)"]
+
+
+TABLE_1 = {row: settings for row, (_, settings) in runs.published_settings("table1_cifar10.sh").items()}
+
+
+def test_table_1_has_the_papers_figures_a_third_partys_and_ours(publish, page):
+    for seed in (0, 1):
+        publish("table1_cifar10", "none", TABLE_1["none"], seed, (80, 81 + seed))
+        publish("table1_cifar10", "alpha0", TABLE_1["disout-alpha0"], seed, (80, 83 + seed))
+        publish("table1_cifar10", "disout", TABLE_1["disout"], seed, (80, 84 + seed))
+    sections = page()
+    table = sections["Table 1, CIFAR-10 (plain CNN, fully connected layers)"]
+    assert "third party" in table and "83.11" in table
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:8] for line in table.splitlines() if line.startswith("| ")}
+    same = "81.50 ± 0.71"
+    assert rows["no regularizer (a third party's rerun: 85.66)"] == ["81.99", same, same, "", "", "", "2"]
+    assert rows["Dropout"] == ["unknown to us", "not run", "not run", "", "", "", "0"]
+    disout = rows["Feature Map Distortion (a third party's rerun: 87.53)"]
+    assert disout[0] == "85.24"
+    assert disout[3:] == ["+3.00 (+3.00 to +3.00)", "", "+1.00 (+1.00 to +1.00)", "2"]
+    assert rows["Feature Map Distortion, alpha 0"][3:] == ["+2.00 (+2.00 to +2.00)", "", "", "2"]
+    assert "| 49.72 | not run |" in sections["Table 1, CIFAR-100 (plain CNN, fully connected layers)"]
+    assert "81.50" not in sections["Table 2, CIFAR-10 (ResNet-56)"]
+
+
+def test_a_run_of_the_cnn_is_never_taken_for_one_of_a_resnet_nor_compared_to_it(publish, page):
+    """Also where all its other settings are those of Table 2; and a run that is older than --model is a ResNet's."""
+    publish("mine", "cnn", ROWS["none"] | {"model": "cnn"}, 0, (90, 91))
+    old = {name: value for name, value in ROWS["none"].items() if name != "model"}
+    for seed in (0, 1):
+        publish("both", "resnet", old | {"epochs": 2}, seed, (80, 82))
+        publish("both", "cnn", TABLE_1["disout"] | {"epochs": 2}, seed, (80, 84))
+    publish("old", "none", old, 0, (90, 93))
+    sections = page()
+    table_2 = sections["Table 2, CIFAR-10 (ResNet-56)"]
+    assert "93.00" in table_2 and "91.00" not in table_2
+    assert "model cnn" in sections["both"] and "Paired" not in sections["both"]
+    assert not any("91.00" in sections[title] for title in sections if title.startswith("Table"))
+
+
+def test_scripts_that_look_at_a_resnets_maps_refuse_another_network(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": "cnn"}')
+    with pytest.raises(SystemExit, match="--model cnn"):
+        runs.load_trained(tmp_path)

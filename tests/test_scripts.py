@@ -11,6 +11,9 @@ import train_imagenet
 
 ROOT = Path(train.__file__).parent
 SCRIPTS = {
+    "table1_cifar10": 4,
+    "table1_cifar100": 4,
+    "table1_grid": 18,
     "table2_cifar10": 3,
     "table2_cifar100": 3,
     "table3_imagenet": 10,
@@ -64,6 +67,22 @@ def test_table2_is_the_published_recipe():
     assert all(recipe.items() <= row.items() for row in rows.values())
     assert {"dist_prob": 0.09, "alpha": 5.0, "block_size": 6}.items() <= rows["disout-s0"].items()
     assert {"dist_prob": 0.09, "alpha": 0, "block_size": 6}.items() <= rows["dropblock-s0"].items()
+
+
+@pytest.mark.parametrize("command", printed("table1_cifar100", SEEDS="0"), ids=lambda command: command[-2])
+def test_every_command_of_table1_does_a_step_without_augmentation(command, tmp_path):
+    assert (parsed(command)["model"], parsed(command)["augment"], parsed(command)["holdout"]) == ("cnn", "none", 0)
+    train.main([*command[2:], "--dataset", "digits", "--train_size", "8", "--epochs", "1", "--output", str(tmp_path)])
+    assert (tmp_path / flag_of(command, "--name") / "summary.json").exists()
+
+
+def test_the_grid_of_table1_asks_as_much_of_dropout_as_of_disout():
+    rows = [parsed(command) for command in printed("table1_grid")]
+    assert all((row["holdout"], row["seed"]) == (5000, 100) for row in rows)
+    asked = [[row for row in rows if row["method"] == method] for method in ("dropout", "disout")]
+    assert len(asked[0]) == len(asked[1])
+    rates = [{row["dist_prob"] for row in of_method} for of_method in asked]
+    assert rates[1] <= rates[0]
 
 
 @pytest.mark.parametrize("command", printed("table2_cifar100", SEEDS="0"), ids=lambda command: command[5])

@@ -112,7 +112,7 @@ def add_shared_flags(parser: Parser) -> None:
     parser.add_argument("--deterministic", action="store_true", help="the same bits again on a GPU too; slower there")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--output", default="results", help="parent of the run's folder (default: results)")
-    parser.add_argument("--name", type=folder_name, help="the run's folder (default: DATASET-resnetDEPTH-METHOD-sSEED)")
+    parser.add_argument("--name", type=folder_name, help="the run's folder (default: DATASET-NETWORK-METHOD-sSEED)")
     parser.add_argument("--resume", action="store_true", help="go on after the last checkpoint, or start")
     add("--save_minutes", number(float, above=0), "between checkpoints, beside the one after every epoch", 10.0)
     parser.add_argument("--init", metavar="FILE", help="start from the weights of a checkpoint or a state dict")
@@ -126,7 +126,8 @@ def run_settings(args: argparse.Namespace, parser: Parser) -> tuple[dict[str, ob
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if args.device.type == "cuda" and local_rank >= torch.cuda.device_count():
         raise UsageError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here")
-    args.name = args.name or f"{args.dataset}-resnet{args.depth}-{args.method}-s{args.seed}"
+    network = f"resnet{args.depth}" if args.depth else "cnn"
+    args.name = args.name or f"{args.dataset}-{network}-{args.method}-s{args.seed}"
     unread = {"dist_prob", "block_size", "alpha", "inside"} - set(METHODS[args.method].settings)
     for flag in unread:
         setattr(args, flag, type(getattr(args, flag))(0))

@@ -90,7 +90,8 @@ class Recorder:
         self.events.close()
         draw_curve(self.folder, rows, self.folder.name, self.evaluated_on)
         best = rows[best_epoch(rows) - 1]
-        summary = {name: self.settings[name] for name in ("method", "dataset", "depth", "seed", "epochs")} | {
+        of_run = ("model", "method", "dataset", "depth", "seed", "epochs")
+        summary = {name: self.settings[name] for name in of_run if name in self.settings} | {
             "evaluated_on": self.evaluated_on,
             "train_images": rows[-1]["train_images"],
             "test_images": rows[-1]["test_images"],
