@@ -20,7 +20,8 @@ from typing import Any, Literal, cast
 from torch import Tensor, fx, nn
 
 from disout import Disout
-from disout_readers import CONVOLUTIONS, LAYERS, RECURRENT, Graphs, Piece
+from disout_graph import CONVOLUTIONS, LAYERS, RECURRENT
+from disout_readers import Parts, Piece
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, Disout)
 
@@ -166,15 +167,15 @@ def attach(
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"where: no module of the network is called {pattern!r}")
     given = named_readers(readers, names, modules)
-    graphs = Graphs(model, names)
-    found = graphs.first_readers([name for name in names if name not in given])
+    parts = Parts(model, names)
+    found = parts.first_readers([name for name in names if name not in given])
 
     handle = Handle()
     try:
         for name in names:
             if isinstance(modules[name], RECURRENT) and not modules[name].batch_first and block_size > 1:
                 raise ValueError(f"{name} is not batch_first, so blocks would lie across samples: say block_size=1")
-            last = is_features_last(name, modules[name], graphs) if features_last is None else features_last
+            last = is_features_last(name, modules[name], parts) if features_last is None else features_last
             pieces: list[Piece | None] = [None] if given.get(name) else []
             if name in found:
                 pieces = [*found[name].pieces]
@@ -213,9 +214,9 @@ def named_readers(
     return dict(readers)
 
 
-def is_features_last(name: str, module: nn.Module, graphs: Graphs) -> bool:
+def is_features_last(name: str, module: nn.Module, parts: Parts) -> bool:
     """Whether the features are the last dimension of what a module returns."""
-    graph = graphs.of(name)
+    graph = parts.of(name)
     shown = graph.is_features_last(name) if graph else None
     if shown is not None:
         return shown

@@ -26,8 +26,9 @@ from models.resnet_cifar import ResNet
 from utils import data
 from utils.checkpoint import Checkpoints, Progress, has_checkpoint, load_weights
 from utils.engine import Schedule, evaluate, train_epoch
+from utils.failures import run_script
 from utils.files import lock_folder
-from utils.flags import Parser, add_shared_flags, check_folder, number, resnet_depth, run_script, run_settings
+from utils.flags import Parser, add_shared_flags, check_folder, number, resnet_depth, run_settings
 from utils.interruptions import Interruptions
 from utils.record import Recorder
 from utils.schedules import CIFAR_DECAY, dist_prob_at, lr_at, step_sizes

@@ -25,8 +25,9 @@ from models.resnet_imagenet import ResNet50
 from utils import photographs
 from utils.checkpoint import Checkpoints, Progress, has_checkpoint, load_weights
 from utils.engine import Schedule, evaluate, train_epoch
+from utils.failures import run_script
 from utils.files import lock_folder
-from utils.flags import Parser, add_shared_flags, check_folder, number, run_script, run_settings
+from utils.flags import Parser, add_shared_flags, check_folder, number, run_settings
 from utils.interruptions import Interruptions
 from utils.processes import join, leave, processes, share_buffers
 from utils.record import Recorder

@@ -35,7 +35,8 @@ from models.resnet_cifar import ResNet
 from models.resnet_imagenet import ResNet50
 from utils import data, photographs
 from utils.engine import Schedule, train_epoch
-from utils.flags import Parser, number, run_script, usable_device
+from utils.failures import run_script
+from utils.flags import Parser, number, usable_device
 from utils.record import device_name, write_json
 from utils.schedules import step_sizes
 from utils.speed import set_up

@@ -22,8 +22,7 @@ import train  # noqa: E402
 import train_imagenet  # noqa: E402
 from models.resnet_cifar import ResNet  # noqa: E402
 from utils import data  # noqa: E402
-from utils.checkpoint import load_weights  # noqa: E402
-from utils.settings import PLACES  # noqa: E402
+from utils.checkpoint import PLACES, load_weights  # noqa: E402
 
 SAME = {"seed", "processes", "amp", "compile", "deterministic", *PLACES}  # what may differ between runs of one setting
 METHOD = {"method", "dist_prob", "alpha", "block_size", "inside", "label_smoothing", "augment"}

@@ -9,7 +9,7 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
-from utils.flags import run_script
+from utils.failures import run_script
 
 
 @pytest.fixture

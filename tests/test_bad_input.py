@@ -15,7 +15,7 @@ import train
 import train_imagenet
 from models.resnet_cifar import ResNet
 from utils import engine, photographs
-from utils.flags import run_script
+from utils.failures import run_script
 
 MAIN = {"train.py": train.main, "train_imagenet.py": train_imagenet.main}
 BOTH = tuple(MAIN)

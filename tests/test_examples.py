@@ -8,6 +8,7 @@ import torch
 import train
 
 ROOT = Path(train.__file__).parent
+MODULES = ("disout.py", "disout_attach.py", "disout_graph.py", "disout_readers.py", "disout_values.py")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -21,12 +22,10 @@ def test_the_package_installs_modules_that_need_torch_alone(tmp_path):
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--quiet"]
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "LICENSE", "disout.py", "disout_attach.py", "disout_readers.py"):
+    for name in ("pyproject.toml", "LICENSE", *MODULES):
         (source / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run([*command, "--target", tmp_path / "installed", source], check=True)
-    assert {path.name for path in (tmp_path / "installed").glob("*.py")} == {
-        *("disout.py", "disout_attach.py", "disout_readers.py")
-    }
+    assert {path.name for path in (tmp_path / "installed").glob("*.py")} == set(MODULES)
     [metadata] = (tmp_path / "installed").glob("*.dist-info/METADATA")
     assert [line for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist")] == [
         "Requires-Dist: torch>=2.11"

@@ -16,8 +16,8 @@ from torch import nn
 import train
 from utils import engine, record
 from utils.checkpoint import CheckpointError, Checkpoints, Progress
+from utils.failures import run_script
 from utils.files import InUse, lock_folder
-from utils.flags import run_script
 from utils.interruptions import Interruptions, Stopped
 
 SHORT = ("--train_size", "200", "--batch_size", "32", "--epochs", "3")  # seven steps an epoch

@@ -8,7 +8,7 @@ from conftest import metrics, read_json, same, stop_at, without_times
 
 import train
 from utils import record
-from utils.flags import run_script
+from utils.failures import run_script
 
 SHORT = ("--train_size", "200", "--epochs", "3")  # two steps an epoch
 

@@ -15,7 +15,7 @@ from models.resnet_imagenet import ResNet50
 from utils import photographs
 from utils.checkpoint import load_weights
 from utils.engine import evaluate
-from utils.flags import run_script
+from utils.failures import run_script
 
 SCRIPT = Path(train_imagenet.__file__)
 finds_processes = pytest.mark.skipif(sys.platform != "linux", reason="finds the processes to signal in /proc")

@@ -12,7 +12,7 @@ import train_imagenet
 from models.resnet_cifar import ResNet
 from models.resnet_imagenet import ResNet50
 from utils.checkpoint import load_weights
-from utils.flags import run_script
+from utils.failures import run_script
 
 SHORT = ("--train_size", "200", "--epochs", "2")
 

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from utils.files import replacing
 from utils.processes import is_first
-from utils.settings import changed_settings, fixed_settings
+
+# The settings that may differ when a run goes on: where it runs, and how fast. config.json says all that there were.
+PLACES = (
+    *("device", "threads", "amp", "compile", "workers", "save_minutes"),
+    *("data_root", "data", "skip_corrupt", "output", "name"),
+)
 
 NAMES = ("checkpoint.pt", "checkpoint_previous.pt")
 
@@ -140,3 +145,18 @@ def reason(error: Exception) -> str:
     lines = (str(error) or type(error).__name__).splitlines()
     line = lines[min(len(lines) - 1, 1)].strip()
     return line if len(line) < 90 else f"{line[:80]} ..."
+
+
+def fixed_settings(settings: dict[str, object]) -> dict[str, object]:
+    return {flag: value for flag, value in settings.items() if flag not in PLACES}
+
+
+def changed_settings(before: dict[str, object], settings: dict[str, object], defaults: dict[str, object]) -> list[str]:
+    """'flag: old -> new' for each fixed setting that differs. A flag that is younger than what was `before` had its
+    default."""
+    had = defaults | before
+    return [
+        f"{flag}: {had.get(flag)} -> {value}"
+        for flag, value in fixed_settings(settings).items()
+        if had.get(flag) != value
+    ]

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from utils.seeds import seed_for
+from utils.schedules import seed_for
 
 SIZE = 32
 PADDING = 4

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.processes import gathered, largest, processes, summed
-from utils.schedules import dist_prob_at
-from utils.seeds import seed_for
+from utils.schedules import dist_prob_at, seed_for
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

@@ -1,11 +1,9 @@
-"""The flags that both training scripts have, and argparse as they want it: one line on stderr for what the user typed
-wrong, exit code 2."""
+"""The flags that both training scripts have, and argparse as they want it."""
 
 import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -13,13 +11,8 @@ from typing import NoReturn
 import torch
 
 from models.regularizers import METHODS
-from utils.checkpoint import CheckpointError, has_checkpoint
-from utils.engine import Diverged
-from utils.files import LOCK, InUse
-from utils.interruptions import Stopped
-from utils.photographs import ImageError
-from utils.processes import is_first
-from utils.settings import changed_settings
+from utils.checkpoint import CheckpointError, changed_settings, has_checkpoint
+from utils.files import LOCK
 
 
 class UsageError(Exception):
@@ -171,35 +164,3 @@ def started_with(folder: Path, settings: dict[str, object]) -> dict[str, object]
         return json.loads(path.read_text()) if path.exists() else settings
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read ({error}): remove it, and --resume writes it again") from None
-
-
-def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """Calls main(argv). What the user typed wrong is one line on stderr and exit code 2, what goes wrong 1."""
-    try:
-        main(argv)
-    except (UsageError, InUse) as error:
-        print(f"{script}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (OSError, CheckpointError, ImageError) as error:
-        line = str(error).splitlines()[-1].split("ImageError: ")[-1]  # also out of a worker's traceback
-        print(f"{script}: {line}", file=sys.stderr)
-        sys.exit(1)
-    except Diverged as error:
-        if is_first():
-            print(f"{script}: {error}", file=sys.stderr)
-        sys.exit(1)
-    except Stopped as error:
-        if is_first():
-            print(f"{script}: {error}; the same command with --resume goes on from there", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except torch.OutOfMemoryError as error:
-        line = str(error).split(". ")[0]
-        print(f"{script}: {line}: --amp or a smaller --batch_size takes less memory", file=sys.stderr)
-        sys.exit(1)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        what = " ".join(str(error).split("\n\n")[0].split())
-        print(f"{script}: --compile does not work here ({what})", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"{script}: stopped; --resume goes on after the last checkpoint", file=sys.stderr)
-        sys.exit(130)

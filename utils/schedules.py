@@ -1,4 +1,7 @@
-"""What changes over training, as pure functions of the step or epoch (both counted from 0)."""
+"""What changes over training, as pure functions of the step or epoch (both counted from 0), seeds included: so no
+generator's state needs saving."""
+
+import hashlib
 
 # The authors' recipes, as (shares of all epochs, factor), so that a short run keeps the shape:
 # CIFAR, x 0.2 from epochs 60, 120 and 160 of 200, counted from 1; ImageNet, x 0.1 from 243, 400 and 503 of 540, from 0.
@@ -37,3 +40,8 @@ def lr_at(
     lr = base_lr * factor ** sum(epoch >= milestone * epochs - 1e-6 for milestone in milestones)
     warmup_steps = warmup_epochs * steps_per_epoch
     return lr * (step + 1) / warmup_steps if step < warmup_steps else lr
+
+
+def seed_for(*purpose: str | int) -> int:
+    """A 63-bit seed that depends on the whole of `purpose` alone: seed_for("order", seed, epoch)."""
+    return int.from_bytes(hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest(), "little") >> 1
