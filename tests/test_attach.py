@@ -660,7 +660,8 @@ def test_a_detector():
 
 
 def test_the_readers_of_maps_with_three_sides():
-    handle = attach(models.video.r3d_18(), ["stem", "layer4.1.conv?", "layer4.1.conv1.1"], 0.1)
+    model = models.video.r3d_18()
+    handle = attach(model, ["stem", "layer4.1.conv?", "layer4.1.conv1.1"], 0.1, block_size=3)
     lines = dict(line.split(" -> ") for line in str(handle).splitlines())
     assert lines == {
         "stem": "layer1.0.conv1.0 (first of 4)",
@@ -669,6 +670,8 @@ def test_the_readers_of_maps_with_three_sides():
         "layer4.1.conv2": "fc",
     }
     assert not any(layer.features_last for layer in handle.layers.values())
+    model(torch.randn(2, 3, 8, 32, 32)).sum().backward()  # a step of training
+    assert handle.layers["stem"].distorted > 0 and model.stem[0].weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("sides", [1, 2, 3])
