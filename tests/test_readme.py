@@ -38,7 +38,7 @@ def test_commands_have_flags_that_exist(command):
 def test_links_lead_somewhere(page):
     for path, _, anchor in re.findall(r"\]\(([^)#:]+)(#([^)]*))?\)", page.read_text()):
         assert (page.parent / path).exists(), path
-        headings = re.findall(r"^#+ (.*)$", (page.parent / path).read_text(), re.MULTILINE) if anchor else [""]
+        headings = re.findall(r"^#+ (.*)$", (page.parent / path).read_text().lower(), re.MULTILINE) if anchor else [""]
         assert anchor in headings, anchor
 
 

@@ -110,9 +110,11 @@ def test_a_flag_that_is_younger_than_the_run_had_its_default(run, interrupted, r
     assert (tmp_path / "stopped/summary.json").exists()
 
 
-def test_the_second_signal_does_what_it_always_did_unless_it_comes_at_once(monkeypatch):
+def test_the_second_signal_does_what_it_always_did_unless_it_comes_at_once(monkeypatch, request):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    of_pytest = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, of_pytest))
     with pytest.raises(KeyboardInterrupt), Interruptions(10) as interruptions:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
