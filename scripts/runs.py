@@ -24,7 +24,7 @@ from models.resnet_cifar import ResNet  # noqa: E402
 from utils import data  # noqa: E402
 from utils.checkpoint import PLACES, load_weights  # noqa: E402
 
-SAME = {"seed", "processes", "amp", "compile", "deterministic", *PLACES}  # what may differ between runs of one setting
+SAME = {"seed", "processes", "deterministic", *PLACES}  # what may differ between runs of one setting
 METHOD = {"method", "dist_prob", "alpha", "block_size", "inside", "label_smoothing", "augment"}
 
 
