@@ -217,7 +217,7 @@ def keep_mask(elements: Tensor, no_seed: Tensor, x: Tensor) -> Tensor:
     """uint8 of x's shape and memory format: 0 for the elements in a seed's block, else 1. `elements` is of
     `block_elements`, `no_seed` of `draw_seeds`. (A bool mask multiplies at a quarter of the speed on a CPU.)"""
     keep = torch.ones(x.numel(), dtype=torch.uint8, device=x.device)
-    keep.scatter_(0, elements.flatten(), no_seed.view(torch.uint8).expand(elements.numel()))
+    keep.scatter_(0, elements.flatten(), no_seed.to(torch.uint8).expand(elements.numel()))
     n, channels, *size = x.shape
     return keep.view(x.shape) if x.is_contiguous() else keep.view(n, *size, channels).movedim(-1, 1)
 

@@ -14,11 +14,14 @@ from utils.failures import run_script
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs train.py in this process, on the digits, with the smallest ResNet unless told; returns the run's folder."""
+    """Runs train.py in this process, on the digits, on the CPU with the smallest ResNet unless told; returns the run's
+    folder."""
 
     def run_train(*flags: str, name: str = "run") -> Path:
         network = [] if "--model" in flags else ["--depth", "8"]
-        train.main(["--dataset", "digits", *network, "--output", str(tmp_path), "--name", name, *flags])
+        train.main(
+            ["--dataset", "digits", "--device", "cpu", *network, "--output", str(tmp_path), "--name", name, *flags]
+        )
         return tmp_path / name
 
     return run_train

@@ -2,6 +2,8 @@ import ast
 import copy
 import itertools
 import math
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -438,6 +440,24 @@ def test_compiles_to_one_graph_a_shape_while_the_rate_moves(x, backend):
         torch.testing.assert_close(ours.grad, theirs.grad)
         torch.testing.assert_close(layer.distorted, reference.distorted)
     assert graphs.frame_count == 2
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+def test_compiled_to_machine_code_it_keeps_and_distorts_what_it_says(x):
+    """Not compared bit by bit, as a compiler may change the order of the draws (torch 2.11's does)."""
+    torch._dynamo.reset()
+    layer, weight, x = Disout(0.3, 3, 5.0), torch.randn(6, 8, 3, 3), x.clone().requires_grad_()
+    y = in_training(x, torch.compile(layer, fullgraph=True), weight)
+    y.sum().backward()
+    kept_share = 1 - layer.distorted
+    assert kept_share.item() == pytest.approx(0.75, abs=0.05)
+    kept = x.grad != 0
+    assert kept.float().mean() == pytest.approx(kept_share.item(), abs=1e-6)
+    torch.testing.assert_close(x.grad, kept / kept_share)
+    torch.testing.assert_close(y[kept], x[kept] / kept_share)
+    signs = torch.randint(0, 2, (8, 3, 3)) * 2 - 1
+    expected = 5 * strength(weight, signs).square().mean().sqrt() * x.std() / kept_share
+    assert 0.5 < y[~kept].std() / expected < 2
 
 
 # State

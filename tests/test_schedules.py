@@ -45,3 +45,9 @@ def test_dist_prob_is_linspace(total):
     expected = np.linspace(0, 0.09, total)
     for step in {0, total // 3, total - 1}:
         assert dist_prob_at(step, total, 0.09) == pytest.approx(expected[step], abs=1e-12)
+
+
+@pytest.mark.parametrize("final", [0.1, 0.09, 0.07])
+def test_dist_prob_is_largest_in_the_last_step_and_then_what_was_asked_for(final):
+    for total in range(2, 3000):
+        assert dist_prob_at(total - 2, total, final) <= dist_prob_at(total - 1, total, final) == final

@@ -10,8 +10,9 @@ IMAGENET_DECAY = ((0.45, 0.74, 0.93), 0.1)
 
 
 def dist_prob_at(step: int, total_steps: int, final: float) -> float:
-    """linspace(0, final, total_steps)[step]: the first step is the identity, the last uses `final` (authors' code)."""
-    return final * step / (total_steps - 1) if total_steps > 1 else 0.0
+    """linspace(0, final, total_steps)[step]: the first step is the identity, the last uses `final` (authors' code).
+    No step has a larger one, not by rounding either, as a compiled network would be compiled anew for it."""
+    return final * (step / (total_steps - 1)) if total_steps > 1 else 0.0
 
 
 def step_sizes(images: int, batch_size: int, smallest: int = 1) -> list[int]:
