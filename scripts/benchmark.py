@@ -5,7 +5,7 @@ usage: python scripts/benchmark.py [--device DEVICE] [--threads N] [--eager] [--
 What is compared runs in turn, in one process; a ratio is the median of those of the single turns, with their quartiles.
 On a CPU, the steps of ResNet-56 run on one thread and on all, bfloat16 where the CPU has instructions for it. Compiling
 takes most of the time, some ten minutes; --eager leaves it out, and it is left out where there is no C++ compiler. The
-loader reads generated photographs unless --data names a folder of train/CLASS and val/CLASS.
+targets are of a CPU. The loader reads generated photographs unless --data names a folder of train/CLASS and val/CLASS.
 """
 
 import os
@@ -78,7 +78,8 @@ def main(argv: list[str]) -> None:
 def training_steps(device: torch.device, compiled: bool) -> list[Row]:
     """Of both scripts' networks, with what sets them apart."""
     rows, large, all_threads = [], device.type == "cuda", torch.get_num_threads()
-    precisions = ["float32", "bfloat16"] if large or torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["float32"]
+    float32 = "float32 (TF32 convolutions)" if large and torch.backends.cudnn.allow_tf32 else "float32"
+    precisions = [float32, "bfloat16"] if large or torch.ops.mkldnn._is_mkldnn_bf16_supported() else [float32]
     for threads in [all_threads] if large else sorted({1, all_threads}):
         torch.set_num_threads(threads)
         where = "" if large else f", threads: {threads}"
@@ -88,25 +89,27 @@ def training_steps(device: torch.device, compiled: bool) -> list[Row]:
             )
     batch = 256 if large else 8
     for precision in precisions:
-        times = interleave({"step": imagenet_step(device, batch, precision == "bfloat16")}, 20 if large else 3)
+        times = interleave({"steps": imagenet_step(device, batch, precision == "bfloat16")}, 3)
         what = f"ResNet-50 step, batch {batch}, 224 x 224, {precision}, Disout: images a second"
-        rows.append(report(what, [batch / seconds for seconds in times["step"]]))
+        rows.append(report(what, images_a_second(times["steps"], batch, device)))
     return rows
 
 
 def cifar_steps(device: torch.device, amp: bool, name: str, compiled: bool) -> list[Row]:
     """Disout against no regularizer, eager and compiled; bfloat16 against float32."""
-    turns = 20 if device.type == "cuda" else 9
+    turns, cpu = 9, device.type == "cpu"
     steps = {method: cifar_step(device, method, amp) for method in ("disout", "none")}
     if amp:
         steps["float32"] = cifar_step(device, "none", False)
     times = interleave(steps, turns)
     rows = [
-        report(f"{name}: Disout / none", ratios(times, "disout", "none"), 1.08 if amp else 1.06),
-        report(f"{name}, Disout: images a second", [128 / seconds for seconds in times["disout"]]),
+        report(f"{name}: Disout / none", ratios(times, "disout", "none"), (1.08 if amp else 1.06) if cpu else None),
+        report(f"{name}, Disout: images a second", images_a_second(times["disout"], 128, device)),
     ]
     if amp:
-        rows.append(report(f"{name}: float32 / bfloat16", ratios(times, "float32", "none"), at_least=1.5))
+        rows.append(
+            report(f"{name}: float32 / bfloat16", ratios(times, "float32", "none"), at_least=1.5 if cpu else None)
+        )
     if compiled:
         fast = {method: cifar_step(device, method, amp, compiled=True) for method in ("disout", "none")}
         start = time.perf_counter()
@@ -114,8 +117,8 @@ def cifar_steps(device: torch.device, amp: bool, name: str, compiled: bool) -> l
         first = time.perf_counter() - start
         times = interleave({**fast, "eager": steps["disout"]}, turns)
         rows += [
-            report(f"{name}, compiled: Disout / none", ratios(times, "disout", "none"), 1.08),
-            report(f"{name}, compiled, Disout: images a second", [128 / seconds for seconds in times["disout"]]),
+            report(f"{name}, compiled: Disout / none", ratios(times, "disout", "none"), 1.08 if cpu else None),
+            report(f"{name}, compiled, Disout: images a second", images_a_second(times["disout"], 128, device)),
             report(f"{name}, Disout: compiled / eager", ratios(times, "disout", "eager")),
             report(f"{name}, compiled, Disout: seconds until the first step is done", [first]),
         ]
@@ -125,33 +128,44 @@ def cifar_steps(device: torch.device, amp: bool, name: str, compiled: bool) -> l
 def cifar_step(
     device: torch.device, method: str, amp: bool, compiled: bool = False, depth: int = 56
 ) -> Callable[[], None]:
-    """A training step of train.py at the end of the schedule, where the rate is the full one."""
+    """Training steps of train.py at the end of the schedule, where the rate is the full one."""
     model = ResNet(depth, 10, make_regularizer(method, 0.09, 6, 5.0, False))
     if compiled:
         model.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
-    return training_step(model, device, 128, 32, amp, nesterov=False)
+    return training(model, device, 128, 32, amp, nesterov=False)
 
 
 def imagenet_step(device: torch.device, batch: int, amp: bool) -> Callable[[], None]:
     model = ResNet50(1000, make_regularizer("disout", 0.07, 7, 1.0, False))
-    return training_step(model, device, batch, 224, amp, nesterov=True)
+    return training(model, device, batch, 224, amp, nesterov=True)
 
 
-def training_step(
+def training(
     model: nn.Module, device: torch.device, batch: int, size: int, amp: bool, nesterov: bool
 ) -> Callable[[], None]:
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov, fused=True)
     images = torch.randn(batch, 3, size, size).to(device, memory_format=torch.channels_last)
-    batches = [(images, torch.arange(batch, device=device) % 10)]
+    steps = steps_in_a_row(device)
+    batches = [(images, torch.arange(batch, device=device) % 10)] * steps
     layers = [(layer, layer.dist_prob) for layer in regularizer_layers(model)]
-    schedule = Schedule(lambda step: 1e-3, layers, total_steps=10, seed=0)
-    return lambda: train_epoch(model, batches, [batch], optimizer, schedule, first_step=9, amp=amp)
+    schedule = Schedule(lambda step: 1e-3, layers, total_steps=100_000, seed=0)
+    first = schedule.total_steps - steps
+    return lambda: train_epoch(model, batches, [batch] * steps, optimizer, schedule, first, amp=amp)
+
+
+def images_a_second(times: list[float], batch: int, device: torch.device) -> list[float]:
+    return [steps_in_a_row(device) * batch / seconds for seconds in times]
+
+
+def steps_in_a_row(device: torch.device) -> int:
+    """Before anything waits for the device, as in an epoch: a GPU is still at work on one when the next is begun."""
+    return 20 if device.type == "cuda" else 1
 
 
 def layer(device: torch.device) -> list[Row]:
     """Forward and backward of one layer against dropout and torchvision's DropBlock on the same tensor."""
-    rows = []
+    rows, cpu = [], device.type == "cpu"
     for shape, rate, block, alpha, kernel in (
         ((128, 64, 8, 8), 0.09, 6, 5.0, 3),
         ((32, 1024, 14, 14), 0.07, 7, 1.0, 1),
@@ -173,7 +187,7 @@ def layer(device: torch.device) -> list[Row]:
         name, turns = f"layer, {shape}, block {block}", 100 if shape[1] == 64 else 12
         for other, what, target in (("dropout", "F.dropout", 0.5), ("dropblock", f"drop_block2d, block {odd}", 0.35)):
             times = interleave({which: steps[which] for which in ("disout", other)}, turns)
-            rows.append(report(f"{name}: Disout / {what}", ratios(times, "disout", other), target))
+            rows.append(report(f"{name}: Disout / {what}", ratios(times, "disout", other), target if cpu else None))
         kept = bytes_kept(calls["disout"]) / x.numel()
         rows.append(report(f"{name}: bytes kept for backward, an element", [kept], 1.001))
     return rows
@@ -199,12 +213,13 @@ def augmentation(device: torch.device) -> list[Row]:
     images, mean, std = images.to(device), *(torch.tensor(s).to(device) for s in (data.CIFAR_MEAN, data.CIFAR_STD))
     batches = data.train_batches(images, mean, std, 128, "standard", 0, 0)
     next(batches)  # draws the whole epoch
+    steps, target = steps_in_a_row(device), 0.02 if device.type == "cpu" else None
     calls = {
-        "augment": lambda: finish(next(batches)[0]),
+        "augment": lambda: finish([next(batches)[0] for _ in range(steps)][-1]),
         "step": cifar_step(device, "none", amp=False, depth=20),
     }
     times = interleave(calls, 15)
-    return [report("augmenting a batch of 128 / ResNet-20 step", ratios(times, "augment", "step"), 0.02)]
+    return [report("augmenting a batch of 128 / ResNet-20 step", ratios(times, "augment", "step"), target)]
 
 
 class Resized(Dataset):

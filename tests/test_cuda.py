@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from conftest import same
+from conftest import metrics, same
+from test_train import LEARNS
+from torch._dynamo.utils import counters
 
 from disout import Disout
 from models.regularizers import METHODS, make_regularizer, regularizer_layers
@@ -48,6 +50,17 @@ def test_deterministic_training_gives_the_same_bits(run, precision):
     flags = ("--train_size", "300", "--epochs", "2", "--device", "cuda", "--deterministic", *precision)
     states = [torch.load(run(*flags, name=name) / "checkpoint.pt", weights_only=True) for name in ("first", "again")]
     assert same(*states)
+
+
+@pytest.mark.parametrize("precision", [(), ("--amp",)])
+@pytest.mark.parametrize("method", ["none", "dropblock", "disout"])
+def test_compiled_training_learns_and_all_of_it_is_in_cuda_graphs(run, method, precision):
+    torch._dynamo.reset()
+    counters.clear()
+    rows = metrics(run(*LEARNS, "--method", method, "--device", "cuda", "--compile", *precision))
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
+    assert (rows[-1]["distorted"] > 0.05) == (method != "none")
 
 
 def test_disout_has_on_the_device_the_rate_and_the_kept_elements_that_it_has_on_the_cpu():
