@@ -10,6 +10,7 @@ benchmark.py in FOLDER/benchmark/*.json are a table of their own.
 """
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ from runs import (
     grouped,
     in_common,
     label,
+    one_a_seed,
+    precision,
     published_settings,
     read_runs,
     references,
@@ -51,8 +54,8 @@ ON_TABLE_1 = (
     "The authors published neither code nor settings of this table: all but the network is our choice, and the "
     "script's settings are not tuned yet. We could not read the table itself; the paper's figures are a third party's "
     "transcription, without the deviations. A third party's rerun (jiahy0825/Disout) is one run each, best epoch, with "
-    "augmentation and a constant rate. The strongest other method of the paper is RDdrop, with {} %; no "
-    "row here runs it."
+    "augmentation and a constant rate; its `dist_prob` is the share that is kept, 0.6. The strongest other method of "
+    "the paper is RDdrop, with {} %; no row here runs it."
 )
 
 # The paper's Table 3 takes all but none and Disout from the DropBlock paper, where a run is 270 epochs.
@@ -136,7 +139,8 @@ def main() -> None:
         "± is the standard deviation over seeds. Differences are paired by seed, with a 95 % interval (Student's t) "
         "where there are two seeds or more; those of the paper's tables are of the best epochs. *Higher* and *lower* "
         "are said where the interval leaves 0 out. Intervals are not widened for their number: where there is no "
-        "difference, one of twenty leaves 0 out. Minutes are the median of the runs; some had other work beside them.",
+        "difference, one of twenty leaves 0 out. Of a setting and seed that was run twice, the first by name counts. "
+        "Minutes are the median of the runs; some had other work beside them.",
     ]
     for study in sorted({run.study for run in runs}):
         members = [run for run in runs if run.study == study]
@@ -158,7 +162,7 @@ def main() -> None:
         sections.append(paper_table(title, rows, runs))
     benchmarks: dict[tuple, list[dict]] = {}
     for path in sorted(folder.glob("benchmark/*.json")):
-        benchmark = json.loads(path.read_text())
+        benchmark = json.loads(path.read_text()) | {"name": path.stem}
         measured = tuple(row["what"] for row in benchmark["rows"])
         benchmarks.setdefault((benchmark["machine"], measured), []).append(benchmark)
     if benchmarks:
@@ -177,14 +181,16 @@ def paper_table(title: str, published: dict[str, tuple[str, dict[str, object]]],
     figures = [f"{name}, {whose}" for name in columns.values() for whose in ("paper", "ours, best", "ours, last")]
     lines = [["", *figures, *(f"difference to {other}" for other in against), *CONDITIONS, "command"]]
     for row, (name, of_paper) in rows.items():
-        cells = [name]
-        for column, figure in zip(columns, of_paper, strict=True):
-            cells += [figure, spread(members[row], Run.best, column), spread(members[row], Run.last, column)]
-        for other in against:
-            below = list(rows).index(row) > list(rows).index(other)
-            to_other = difference(members[row], members[other], Run.best) if below else None
-            cells.append(str(to_other or ""))
-        lines.append([*cells, *conditions(members[row]), f"`{published[row][0]}`"])
+        for kind in sorted({kind_of_device(run) for run in members[row]}) or [""]:  # a line each
+            there = {row: one_a_seed([run for run in members[row] if kind_of_device(run) == kind]) for row in rows}
+            cells = [name]
+            for column, figure in zip(columns, of_paper, strict=True):
+                cells += [figure, spread(there[row], Run.best, column), spread(there[row], Run.last, column)]
+            for other in against:
+                below = list(rows).index(row) > list(rows).index(other)
+                to_other = difference(there[row], there[other], Run.best) if below else None
+                cells.append(str(to_other or ""))
+            lines.append([*cells, *conditions(there[row]), f"`{published[row][0]}`"])
     return f"{intro}{markdown(lines)}"
 
 
@@ -205,7 +211,7 @@ def study_tables(groups: list[list[Run]], has_script: bool) -> list[str]:
         figures = [spread(group, measure, "test_top1") for measure in (Run.best, Run.last)]
         cells = [label(group[0], in_all), *figures, apart]
         lines.append([*cells, *conditions(group), f"`{group[0].config['command']}`"])
-    shared, columns = sorted(in_all - {"bfloat16"}), list(zip(*lines, strict=True))
+    shared, columns = sorted(in_all - {precision(groups[0][0])}), list(zip(*lines, strict=True))
     for column in columns[3:]:
         name, *cells = column
         if name == "command" and has_script:
@@ -244,6 +250,11 @@ def conditions(runs: list[Run]) -> list[str]:
     ]
 
 
+def kind_of_device(run: Run) -> str:
+    """cpu or cuda: where a run began."""
+    return str(run.config["device"]).split(":")[0]
+
+
 def device_of(config: dict[str, object]) -> str:
     count = config.get("processes", 1)
     name = f"{count} x {config['device_name']}" if count > 1 else config["device_name"]
@@ -251,13 +262,19 @@ def device_of(config: dict[str, object]) -> str:
 
 
 def benchmark_table(benchmarks: list[dict]) -> str:
-    """Each run's medians, of runs of benchmark.py that measured the same on one machine."""
-    lines = [["", "target", "measured, a run each"]]
+    """Each run's medians, of runs of benchmark.py that measured the same on one machine; in bold where they miss."""
+
+    def measured(row: dict) -> str:
+        missed = row["median"] > (row["at_most"] or math.inf) or row["median"] < (row["at_least"] or 0)
+        return f"**{row['median']:.3g}**" if missed else f"{row['median']:.3g}"
+
+    lines = [["", "target", "measured, a run each (bold: target missed)"]]
     for rows in zip(*(benchmark["rows"] for benchmark in benchmarks), strict=True):
         bounds = [f"{sign} {rows[0][key]:g}" for sign, key in (("≤", "at_most"), ("≥", "at_least")) if rows[0][key]]
-        lines.append([rows[0]["what"], *(bounds or [""]), ", ".join(f"{row['median']:.3g}" for row in rows)])
+        lines.append([rows[0]["what"], *(bounds or [""]), ", ".join(map(measured, rows))])
     runs = f"{len(benchmarks)} {'run' if len(benchmarks) == 1 else 'runs'}"
-    return f"`python scripts/benchmark.py`, {runs}: {benchmarks[0]['machine']}.\n\n{markdown(lines)}"
+    names = ", ".join(benchmark["name"] for benchmark in benchmarks)
+    return f"`python scripts/benchmark.py`, {runs} ({names}): {benchmarks[0]['machine']}.\n\n{markdown(lines)}"
 
 
 def markdown(lines: list[list[str]]) -> str:

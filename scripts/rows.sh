@@ -4,10 +4,10 @@
 # (and one GPU), LAUNCH (python, or "torchrun --nproc_per_node=8"), and DRY_RUN=1, which only prints the commands.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run_rows() {
-    local output=$1 command=$2 rows seed row name flags extra=""
-    local -a commands=()
+    local output=$1 command=$2 seed row name flags extra=""
+    local -a rows=() commands=()
     shift 2
-    mapfile -t rows
+    while read -r row; do rows+=("$row"); done
     [ $# = 0 ] || extra=$(printf ' %q' "$@")
     for seed in ${SEEDS:-0 1 2}; do
         for row in "${rows[@]}"; do

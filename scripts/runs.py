@@ -127,8 +127,10 @@ def apart_from_recipe(run: Run) -> dict[str, object]:
     return {name: value for name, value in apart.items() if name not in METHOD}
 
 
-def in_bfloat16(run: Run) -> bool:
-    return bool(run.config.get("amp"))
+def precision(run: Run) -> str:
+    """As a label says it: nothing for float32, and all of them where a run went on in another."""
+    said = str(run.config.get("precision", "float32"))
+    return {"float32": "", "bfloat16 autocast": "bfloat16"}.get(said, said)
 
 
 def label(run: Run, shared: frozenset[str] = frozenset()) -> str:
@@ -145,7 +147,7 @@ def beside_method(run: Run) -> list[str]:
     of = settings_in(run)
     found = [f"augment {of['augment']}"] if of["augment"] != "standard" else []
     found += [f"label smoothing {of['label_smoothing']:g}"] if of["label_smoothing"] else []
-    return found + (["bfloat16"] if in_bfloat16(run) else [])
+    return found + ([precision(run)] if precision(run) else [])
 
 
 def in_common(groups: list[list[Run]]) -> frozenset[str]:
@@ -166,22 +168,27 @@ def grouped(runs: list[Run]) -> list[list[Run]]:
 
     for run in sorted(runs, key=place):
         found.setdefault(label(run) + json.dumps(settings_in(run), sort_keys=True), []).append(run)
-    return list(found.values())
+    return [one_a_seed(group) for group in found.values()]
+
+
+def one_a_seed(runs: list[Run]) -> list[Run]:
+    """The first run of each seed: the same seed once more is no further evidence."""
+    return list({run.config["seed"]: run for run in reversed(runs)}.values())[::-1]
 
 
 def references(group: list[Run], groups: list[list[Run]]) -> list[list[Run]]:
     """The groups that a group is compared to: no regularizer, for Disout also DropBlock and Disout at the script's
-    default setting, and for bfloat16 the same in float32. They share all settings that are not the method's."""
+    default setting, and beside float32 the same in float32. They share all settings that are not the method's."""
     run, found = group[0], []
     for other in groups:
         method = other[0].config["method"]
         if other is group or apart_from_recipe(other[0]) != apart_from_recipe(run):
             continue
-        if in_bfloat16(other[0]) == in_bfloat16(run):
+        if precision(other[0]) == precision(run):
             baselines = {"none": (), "disout": ("none", "dropblock")}.get(run.config["method"], ("none",))
             both_disout = method == run.config["method"] == "disout"
             found += [other] if method in baselines or (both_disout and is_default(other[0])) else []
-        elif in_bfloat16(run) and settings_in(other[0]) == settings_in(run):
+        elif not precision(other[0]) and settings_in(other[0]) == settings_in(run):
             found.append(other)
     return found
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Table 3: ResNet-50 on ImageNet, every row and seed, into results/table3_imagenet. Usage: [SEEDS="0 1 2"] [JOBS=1]
 # [LAUNCH="torchrun --nproc_per_node=8"] [DRY_RUN=1] bash scripts/table3_imagenet.sh [FLAG of train_imagenet.py...]
+# A folder for --data has to be called imagenet (a link does), as its name is the data set's in the tables.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"
 run_rows results/table3_imagenet train_imagenet.py "$@" <<'ROWS'

@@ -307,6 +307,12 @@ def test_empty_batch(x):
     assert in_training(x[:0], Disout(0.5)).shape == (0, 8, 8, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_without_a_seed_it_is_the_identity_to_the_last_bit(dtype):
+    x = torch.randn(4, 8, 8, 8, dtype=torch.float64).to(dtype)
+    assert torch.equal(Disout(0.0, 3, 5.0)(x, torch.randn(6, 8, 3, 3)), x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtype_is_kept_and_statistics_are_float32(x, dtype):
     weight = torch.randn(6, 8, 3, 3)

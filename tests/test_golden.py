@@ -1,4 +1,9 @@
-"""The method against figures of the authors' layer, run once on fixed inputs and draws (disout_reference.npz)."""
+"""The method against figures of the authors' layer, run once on fixed inputs and draws (disout_reference.npz).
+
+Whoever feeds the authors' layer what a case holds can check the figures: config (block, p, alpha, side of the next
+kernel, 0 for none), x, next_weight, and what it drew: uniform (for the seeds), sign_uniform (+1 from 0.5 on, else -1)
+and noise. What came out: keep, y, and for grad_out the gradient grad_x.
+"""
 
 from pathlib import Path
 

@@ -65,6 +65,34 @@ def test_the_paper_table_has_mean_deviation_and_paired_difference(publish, page)
     assert "](table2_cifar10/accuracy.png)" in sections["table2_cifar10"]
 
 
+def test_a_seed_that_was_run_twice_counts_once(publish, page):
+    for study, top1 in (("a", (90, 91)), ("b", (94, 95))):
+        publish(study, "disout", ROWS["disout"], 0, top1)
+    publish("a", "again", ROWS["disout"] | {"epochs": 10}, 0, (80, 81))
+    publish("a", "once more", ROWS["disout"] | {"epochs": 10}, 0, (70, 71))
+    sections = page()
+    assert "| 94.50 ± 0.15 | 91.00 | 91.00 |  | 1 | 2 |" in sections["Table 2, CIFAR-10 (ResNet-56)"]
+    assert "81.00" in sections["a"] and "71.00" not in sections["a"]
+
+
+def test_runs_on_a_gpu_have_a_line_of_their_own(publish, page):
+    for device, none, disout in (("cpu", 91, 92), ("cuda", 93, 95)):
+        for method, top1 in (("none", none), ("disout", disout)):
+            publish(device, method, ROWS[method] | {"device": device}, 0, (top1, top1))
+    table = page()["Table 2, CIFAR-10 (ResNet-56)"]
+    assert "| 94.50 ± 0.15 | 92.00 | 92.00 | +1.00 (one seed) | 1 |" in table
+    assert "| 94.50 ± 0.15 | 95.00 | 95.00 | +2.00 (one seed) | 1 |" in table
+
+
+def test_a_run_that_went_on_in_another_precision_is_neither(publish, page):
+    for seed, precision in enumerate(("float32", "bfloat16 autocast", "bfloat16 autocast, then float32")):
+        settings = {"epochs": 10, "amp": precision != "float32", "precision": precision}
+        publish("mine", "none", ROWS["none"] | settings, seed, (90, 91 + seed))
+    section = page()["mine"]
+    for label, top1 in (("none", 91), ("none, bfloat16", 92), ("none, bfloat16 autocast, then float32", 93)):
+        assert f"| {label} | {top1}.00 |" in section
+
+
 @pytest.mark.parametrize(
     "change", [{"epochs": 10}, {"batch_size": 256}, {"alpha": 4.0}, {"holdout": 5000}, {"init": "best.pt"}]
 )
@@ -154,11 +182,12 @@ def test_benchmarks_of_other_machines_and_of_other_rows_have_tables_of_their_own
         ("gpu", "a GPU", {"step": 0.2}),
         ("gpu_compiled", "a GPU", {"step": 0.2, "compiled": 0.1}),
     ):
-        rows = [{"what": what, "median": x, "at_most": None, "at_least": None} for what, x in figures.items()]
+        rows = [{"what": what, "median": x, "at_most": 1.6, "at_least": None} for what, x in figures.items()]
         (tmp_path / f"benchmark/{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}))
     section = page()["Benchmark"]
-    assert "2 runs: a CPU" in section and section.count("1 run: a GPU") == 2
-    assert "| step |  | 1.5, 1.7 |" in section and section.count("| step |  | 0.2 |") == 2
+    assert "2 runs (cpu_1, cpu_2): a CPU" in section
+    assert "1 run (gpu): a GPU" in section and "1 run (gpu_compiled): a GPU" in section
+    assert "| step | ≤ 1.6 | 1.5, **1.7** |" in section and section.count("| step | ≤ 1.6 | 0.2 |") == 2
 
 
 def test_a_run_that_is_not_complete_stands_nowhere(publish, page):

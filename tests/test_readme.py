@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scipy.stats import t as student
 
 import train
 from disout import NO_READER_STRENGTH
@@ -15,7 +16,7 @@ from disout import NO_READER_STRENGTH
 ROOT = Path(train.__file__).parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from runs import read_runs  # noqa: E402
+from runs import Run, difference, grouped, read_runs  # noqa: E402
 
 PAGES = [ROOT / page for page in ("README.md", "results/README.md", "examples/README.md", "tests/README.md")]
 README, RESULTS, *_ = (page.read_text() for page in PAGES)
@@ -87,6 +88,19 @@ def test_sentences_that_no_table_has_are_the_logs():
     for study in ("small_study", "photographs_study"):
         hours = sum(row["seconds"] for run in runs if run.study == study for row in run.rows) / 3600
         assert f"{study}.sh`, {'40 runs, ' if study == 'small_study' else ''}{hours:.1f} hours in all" in text
+
+
+def test_what_would_stand_if_intervals_were_widened_is_what_the_text_says():
+    study = [run for run in read_runs(ROOT / "results/published") if run.study == "small_study"]
+    none, dropblock, disout = (group for group in grouped(study) if len(group) == 8)  # in this order
+    pairs, stand = {"DropBlock": (dropblock, none), "Disout": (disout, none), "both": (disout, dropblock)}, []
+    wider = student.ppf(1 - 0.025 / 6, 7) / student.ppf(0.975, 7)
+    for name, pair in pairs.items():
+        for measure in (Run.last, Run.best):
+            found = difference(*pair, measure)
+            stand += [(name, measure.__name__)] if abs(found.mean) > wider * found.half_width else []
+    assert stand == [("DropBlock", "last")]
+    assert "only DropBlock's gain over no regularizer in the last epoch would stand" in " ".join(RESULTS.split())
 
 
 def of_complexity(form):

@@ -72,9 +72,13 @@ def test_a_run_that_goes_on_elsewhere_says_where_it_was(run, interrupted, monkey
         interrupted(signal_in(9, signal.SIGTERM))
     started = read_json(tmp_path / "stopped/config.json")
     monkeypatch.setattr(record, "device_name", lambda _device: "another machine")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     interrupted(lambda _step: None, "--resume")
-    there = f"{started['device_name']}, then another machine"
-    assert read_json(tmp_path / "stopped/config.json") == started | {"device_name": there}
+    there = {
+        "device_name": f"{started['device_name']}, then another machine",
+        "threads": f"{started['threads']}, then 3",
+    }
+    assert read_json(tmp_path / "stopped/config.json") == started | there
 
 
 def test_a_run_goes_on_in_another_precision_and_says_so(run, interrupted, monkeypatch, graphs, tmp_path):

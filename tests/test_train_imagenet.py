@@ -139,3 +139,14 @@ def test_a_broken_image_is_one_line_or_counted(flags, photographs_folder, tmp_pa
     summary = read_json(tmp_path / "run/summary.json")
     assert (summary["test_images"], summary["skipped"]) == (10, 1)
     assert "1 images could not be read" in capsys.readouterr().out
+
+
+def test_a_folder_without_an_image_that_can_be_read_is_one_line(flags, photographs_folder, tmp_path, capsys):
+    broken = shutil.copytree(photographs_folder, tmp_path / "broken")
+    for image in broken.glob("val/*/*.jpg"):
+        image.write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stop:
+        arguments = flags("run", "--epochs", "1", "--data", str(broken), "--skip_corrupt")
+        run_script("train_imagenet.py", train_imagenet.main, arguments)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "train_imagenet.py: none of the images to evaluate on can be read\n"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.photographs import ImageError
 from utils.processes import gathered, largest, processes, summed
 from utils.schedules import dist_prob_at, seed_for
 
@@ -79,7 +80,7 @@ def train_epoch(
             rate = dist_prob_at(bad, total_steps, max((final for _, final in layers), default=0.0))
             where = f"epoch {epoch + 1}, step {bad % len(step_sizes) + 1} of {len(step_sizes)}"
             raise Diverged(
-                f"a {what} is not finite in {where} (lr {lr_at_step(bad):g}, dist_prob {rate:g}): a checkpoint from "
+                f"a {what} is not finite in {where} (lr {lr_at_step(bad):g}, dist_prob {rate:g}): what was saved "
                 "before it stays; try a smaller --lr under another --name"
             )
 
@@ -106,6 +107,8 @@ def train_epoch(
 
     check_finite()
     loss_sum, top1, count, skipped = summed(totals).tolist()
+    if not count:
+        raise ImageError("none of the images to train on can be read")
     distorted = float(torch.stack([layer.distorted for layer, _ in layers]).mean()) if layers else 0.0
     return {
         "train_loss": loss_sum / count,
@@ -138,6 +141,8 @@ def evaluate(model: nn.Module, batches: Batches, amp: bool = False) -> dict[str,
             logits = model(images)
         totals += batch_sums(logits, labels, ks=(1, 5))
     loss_sum, top1, top5, count, skipped = summed(totals).tolist()
+    if not count:
+        raise ImageError("none of the images to evaluate on can be read")
     return {
         "test_loss": loss_sum / count,
         "test_top1": 100 * top1 / count,

@@ -75,15 +75,15 @@ class Recorder:
         self.events = start_events(folder, rows)
 
     def add_epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Prints and writes the last row. In this order a kill between two files costs nothing: what follows the
+        """Writes and prints the last row. In this order a kill between two files costs nothing: what follows the
         checkpoint is written again from its rows."""
         rows = progress.rows
-        print(epoch_line(rows[-1], self.settings["epochs"], self.evaluated_on), flush=True)
         if best_epoch(rows) == len(rows):
             save_weights(self.folder / "best.pt", model)
         self.checkpoints.save(model, optimizer, progress)
         write_metrics(self.folder, rows)
         write_events(self.events, rows[-1])
+        print(epoch_line(rows[-1], self.settings["epochs"], self.evaluated_on), flush=True)
 
     def finish(self, rows: Sequence[dict[str, float]], model: nn.Module) -> None:
         """curve.png and summary.json, whose presence means that the run is complete."""
@@ -127,11 +127,12 @@ def surroundings(command: list[str], device: torch.device, amp: bool) -> dict[st
 
 
 def with_places(config: dict[str, object], here: dict[str, object]) -> dict[str, object]:
-    """The `config` of a run that goes on `here`: where machine, precision, torch, the code or whether it was compiled
-    are others, all there were, in order."""
-    for name in ("device_name", "precision", "compile", "torch", "commit"):
-        if str(here[name]) != str(config[name]).split(", then ")[-1]:
-            config[name] = f"{config[name]}, then {here[name]}"
+    """The `config` of a run that goes on `here`: where machine, threads, precision, torch, the code or whether it was
+    compiled are others, all there were, in order."""
+    for name in ("device_name", "threads", "precision", "compile", "torch", "commit"):
+        before = config.setdefault(name, here[name])
+        if str(here[name]) != str(before).split(", then ")[-1]:
+            config[name] = f"{before}, then {here[name]}"
     return config
 
 
