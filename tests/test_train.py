@@ -173,3 +173,12 @@ def test_what_goes_wrong_is_one_line_and_exit_code_1(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1 and "broken.pt" in result.stderr
+
+
+def test_an_error_without_text_is_one_line_too(capsys):
+    def fail(_argv):
+        raise OSError
+
+    with pytest.raises(SystemExit) as stop:
+        run_script("train.py", fail, [])
+    assert (stop.value.code, capsys.readouterr().err) == (1, "train.py: OSError\n")

@@ -22,9 +22,8 @@ def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) 
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
     except (OSError, CheckpointError, ImageError) as error:
-        line = (
-            (str(error) or type(error).__name__).splitlines()[-1].split("ImageError: ")[-1]
-        )  # also out of a worker's traceback
+        said = str(error) or type(error).__name__
+        line = said.splitlines()[-1].split("ImageError: ")[-1]  # also out of a worker's traceback
         print(f"{script}: {line}", file=sys.stderr)
         sys.exit(1)
     except Diverged as error:
