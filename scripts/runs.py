@@ -138,7 +138,7 @@ def label(run: Run, shared: frozenset[str] = frozenset()) -> str:
     of, parts = settings_in(run), [run.config["method"]]
     parts += [f"p {of['dist_prob']:g}"] if of["dist_prob"] else []
     parts += [f"block {of['block_size']}{' inside' if of['inside'] else ''}"] if of["block_size"] else []
-    parts += [f"alpha {of['alpha']:g}"] if of["alpha"] else []
+    parts += [f"alpha {of['alpha']:g}"] if run.config["method"] == "disout" else []
     return ", ".join(parts + [part for part in beside_method(run) if part not in shared])
 
 
@@ -177,15 +177,15 @@ def one_a_seed(runs: list[Run]) -> list[Run]:
 
 
 def references(group: list[Run], groups: list[list[Run]]) -> list[list[Run]]:
-    """The groups that a group is compared to: no regularizer, for Disout also DropBlock and Disout at the script's
-    default setting, and beside float32 the same in float32. They share all settings that are not the method's."""
+    """The groups that a group is compared to: no regularizer, for Disout also DropBlock, Dropout and Disout at the
+    script's default setting, and beside float32 the same in float32. They share all settings that are not the method's."""
     run, found = group[0], []
     for other in groups:
         method = other[0].config["method"]
         if other is group or apart_from_recipe(other[0]) != apart_from_recipe(run):
             continue
         if precision(other[0]) == precision(run):
-            baselines = {"none": (), "disout": ("none", "dropblock")}.get(run.config["method"], ("none",))
+            baselines = {"none": (), "disout": ("none", "dropblock", "dropout")}.get(run.config["method"], ("none",))
             both_disout = method == run.config["method"] == "disout"
             found += [other] if method in baselines or (both_disout and is_default(other[0])) else []
         elif not precision(other[0]) and settings_in(other[0]) == settings_in(run):

@@ -260,3 +260,13 @@ def test_scripts_that_look_at_a_resnets_maps_refuse_another_network(tmp_path):
     (tmp_path / "config.json").write_text('{"model": "cnn"}')
     with pytest.raises(SystemExit, match="--model cnn"):
         runs.load_trained(tmp_path)
+
+
+def test_features_are_compared_to_dropout_and_alpha_0_is_said(publish, page):
+    for seed in (0, 1):
+        for row, top1 in (("none", 60), ("dropout", 62), ("disout-alpha0", 63), ("disout", 66)):
+            publish("mine", row, TABLE_1[row] | {"epochs": 2}, seed, (50, top1 + seed))
+    found = rows_of(page()["mine"])
+    disout, alpha0 = "disout, p 0.5, block 1, alpha 5", "disout, p 0.5, block 1, alpha 0"
+    for one, other, mean in ((disout, "none", "+6.00"), (disout, "dropout, p 0.5", "+4.00"), (alpha0, disout, "-3.00")):
+        assert found[one, other][2].startswith(mean)

@@ -19,6 +19,8 @@ SCRIPTS = {
     "table3_imagenet": 10,
     "small_grid": 20,
     "small_study": 7,
+    "small_table1": 5,
+    "small_table1_grid": 4,
     "photographs_study": 3,
 }
 
