@@ -7,7 +7,7 @@
 # train.py...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"
-small="train.py --dataset cifar10 --model cnn --train_size 4000 --epochs 8 --batch_size 64 --lr 0.01"
+small="train.py --dataset cifar10 --model cnn --train_size 4000 --epochs 8 --batch_size 64 --lr 0.005"
 run_rows results/small_table1 "$small" "$@" <<'ROWS'
 none --method none
 dropout --method dropout --dist_prob 0.5
