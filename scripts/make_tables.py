@@ -21,12 +21,12 @@ from matplotlib.ticker import MaxNLocator
 from runs import (
     ROOT,
     Run,
-    apart_from_recipe,
     difference,
     differing,
     grouped,
     in_common,
     label,
+    off_recipe,
     one_a_seed,
     precision,
     published_settings,
@@ -148,9 +148,9 @@ def main() -> None:
         has_script = (ROOT / "scripts" / f"{study}.sh").exists()
         if has_script:
             sections.append(f"Run by `bash scripts/{study}.sh`.")
-        off_recipe = [run for run in members if all(differing(run, settings) for settings in on_recipe)]
-        if off_recipe:
-            sections += study_tables(grouped(off_recipe), has_script)
+        others = [run for run in members if all(differing(run, settings) for settings in on_recipe)]
+        if others:
+            sections += study_tables(grouped(others), has_script)
         shown = to_draw(grouped(members))
         if any(len(run.rows) > 1 for run in members) and len(shown) <= MOST_CURVES:
             draw_study(folder / study / "accuracy.png", study, shown)
@@ -206,10 +206,9 @@ def study_tables(groups: list[list[Run]], has_script: bool) -> list[str]:
     paired differences. The commands are left out where a script of the study's name has them."""
     in_all = in_common(groups)
     lines = [["", "best", "last", "off the recipe in", *CONDITIONS, "command"]]
-    for group in groups:
-        apart = ", ".join(f"{name} {value}" for name, value in apart_from_recipe(group[0]).items())
+    for group, apart in zip(groups, off_recipe(groups), strict=True):
         figures = [spread(group, measure, "test_top1") for measure in (Run.best, Run.last)]
-        cells = [label(group[0], in_all), *figures, apart]
+        cells = [label(group[0], in_all), *figures, ", ".join(apart)]
         lines.append([*cells, *conditions(group), f"`{group[0].config['command']}`"])
     shared, columns = sorted(in_all - {precision(groups[0][0])}), list(zip(*lines, strict=True))
     for column in columns[3:]:
@@ -293,11 +292,14 @@ def draw_study(path: Path, title: str, groups: list[list[Run]]) -> None:
     over seeds) and a band from the lowest to the highest seed. The first third of training may lie below the axes."""
     figure = Figure(figsize=(13, 6), layout="constrained")
     accuracy, gap = figure.subplots(1, 2)
-    for group in groups:
+    settings = off_recipe(groups)
+    for group, apart in zip(groups, settings, strict=True):
         epochs = range(1, len(group[0].rows) + 1)
         tested = [[row["test_top1"] for row in run.rows] for run in group]
         gaps = [[row["train_top1"] - row["test_top1"] for row in run.rows] for run in group]
-        name = f"{label(group[0], in_common(groups))} ({len(group)} {'run' if len(group) == 1 else 'runs'})"
+        own = [part for part in apart if any(part not in other for other in settings)]
+        count = f"({len(group)} {'run' if len(group) == 1 else 'runs'})"
+        name = f"{', '.join([label(group[0], in_common(groups)), *own])} {count}"
         for axes, curves in ((accuracy, tested), (gap, gaps)):
             mean, lowest, highest = (
                 [pick(values) for values in zip(*curves, strict=True)] for pick in (statistics.mean, min, max)

@@ -127,6 +127,13 @@ def apart_from_recipe(run: Run) -> dict[str, object]:
     return {name: value for name, value in apart.items() if name not in METHOD}
 
 
+def off_recipe(groups: list[list[Run]]) -> list[list[str]]:
+    """Of each group, the settings that are not the recipe's; one that is not in one group is said of all."""
+    names = dict.fromkeys(name for group in groups for name in apart_from_recipe(group[0]))
+    of_groups = [settings_in(group[0]) for group in groups]
+    return [[f"{name} {settings[name]}" for name in names if name in settings] for settings in of_groups]
+
+
 def precision(run: Run) -> str:
     """As a label says it: nothing for float32, and all of them where a run went on in another."""
     said = str(run.config.get("precision", "float32"))

@@ -105,6 +105,13 @@ def test_a_run_off_the_recipe_stands_in_its_own_table(publish, page, change):
     assert f"{name} {value}".removesuffix(".0") in sections["mine"]
 
 
+def test_a_setting_that_differs_between_rows_is_said_of_each(publish, page):
+    for rate in (0.05, 0.1):  # 0.1 is the recipe's
+        publish("mine", f"lr{rate}", ROWS["none"] | {"epochs": 2, "lr": rate}, 0, (90, 91))
+    section = page()["mine"]
+    assert "| epochs 2, lr 0.05 |" in section and "| epochs 2, lr 0.1 |" in section
+
+
 def rows_of(section):
     """The cells of the lines of a section's tables, without the lines under the headers."""
     lines = [line[2:-2].split(" | ") for line in section.splitlines() if line.startswith("| ")]
