@@ -185,7 +185,7 @@ def one_a_seed(runs: list[Run]) -> list[Run]:
 
 def references(group: list[Run], groups: list[list[Run]]) -> list[list[Run]]:
     """The groups that a group is compared to: no regularizer, for Disout also DropBlock, Dropout and Disout at the
-    script's default setting, and beside float32 the same in float32. They share all settings that are not the method's."""
+    script's default setting, and beside float32 the same in float32. They share all settings but the method's."""
     run, found = group[0], []
     for other in groups:
         method = other[0].config["method"]
