@@ -6,6 +6,7 @@ from conftest import metrics, read_json, same, without_times
 from torch import nn
 
 import train
+from disout import strength
 from models.cnn import CNN
 from models.regularizers import make_regularizer, regularizer_layers
 
@@ -27,6 +28,13 @@ def test_it_starts_as_kaiming_says():
     for layer, fan_in in ((model.conv2, 96 * 25), (model.fc1, 2304), (model.fc2, 2048)):
         assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.02)
     assert not model.fc1.bias.any()
+
+
+@pytest.mark.parametrize(("place", "share"), [("fc2", 0.05), ("fc3", 0.03)])
+def test_the_noise_of_the_authors_alpha_is_small_at_first(place, share):
+    """As results/README.md and table1_grid.sh say: relative to the features' standard deviation."""
+    weight = getattr(CNN(), place).weight
+    assert 5 * strength(weight, torch.ones(2048)).square().mean().sqrt().item() == pytest.approx(share, abs=0.005)
 
 
 class Spy(nn.Module):
