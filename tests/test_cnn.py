@@ -32,7 +32,7 @@ def test_it_starts_as_kaiming_says():
 
 @pytest.mark.parametrize(("place", "share"), [("fc2", 0.05), ("fc3", 0.03)])
 def test_the_noise_of_the_authors_alpha_is_small_at_first(place, share):
-    """As results/README.md and table1_grid.sh say: relative to the features' standard deviation."""
+    """As results/README.md says: relative to the features' standard deviation."""
     weight = getattr(CNN(), place).weight
     assert 5 * strength(weight, torch.ones(2048)).square().mean().sqrt().item() == pytest.approx(share, abs=0.005)
 

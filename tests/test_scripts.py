@@ -13,7 +13,7 @@ ROOT = Path(train.__file__).parent
 SCRIPTS = {
     "table1_cifar10": 4,
     "table1_cifar100": 4,
-    "table1_grid": 18,
+    "table1_grid": 6,
     "table2_cifar10": 3,
     "table2_cifar100": 3,
     "table3_imagenet": 10,
