@@ -7,7 +7,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"
 run_rows results/table1_cifar10 "train.py --dataset cifar10 --model cnn --epochs 6" "$@" <<'ROWS'
 none --method none
-dropout --method dropout --dist_prob 0.5
-disout --method disout --dist_prob 0.5 --alpha 5.0
-disout-alpha0 --method disout --dist_prob 0.5 --alpha 0
+dropout --method dropout --dist_prob 0.3
+disout --method disout --dist_prob 0.3 --alpha 5.0
+disout-alpha0 --method disout --dist_prob 0.3 --alpha 0
 ROWS
