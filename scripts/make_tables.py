@@ -51,11 +51,11 @@ class PaperTable(NamedTuple):
 
 
 ON_TABLE_1 = (
-    "The authors published neither code nor settings of this table: all but the network is our choice, and the "
-    "script's settings are not tuned yet. We could not read the table itself; the paper's figures are a third party's "
-    "transcription, without the deviations. A third party's rerun (jiahy0825/Disout) is one run each, best epoch, with "
-    "augmentation and a constant rate; its `dist_prob` is the share that is kept, 0.6. The strongest other method of "
-    "the paper is RDdrop, with {} %; no row here runs it."
+    "The authors published neither code nor settings of this table: all but the network is our choice. Six epochs are "
+    "what two cores can do, and the rate is the best of three for each method on held-out images. We could not read "
+    "the table itself; the paper's figures are a third party's transcription, without the deviations. A third party's "
+    "rerun (jiahy0825/Disout) is one run each, best epoch, with augmentation and a constant rate; its `dist_prob` is "
+    "the share that is kept, 0.6. The strongest other method of the paper is RDdrop, with {} %; no row here runs it."
 )
 
 # The paper's Table 3 takes all but none and Disout from the DropBlock paper, where a run is 270 epochs.
@@ -137,10 +137,10 @@ def main() -> None:
         "Written by `python scripts/make_tables.py` from the logs beside it. Accuracies in %: *last* is that of the "
         "last epoch, *best* that of the best epoch on the images evaluated, as the paper reports it, which flatters. "
         "± is the standard deviation over seeds. Differences are paired by seed, with a 95 % interval (Student's t) "
-        "where there are two seeds or more; those of the paper's tables are of the best epochs. *Higher* and *lower* "
-        "are said where the interval leaves 0 out. Intervals are not widened for their number: where there is no "
-        "difference, one of twenty leaves 0 out. Of a setting and seed that was run twice, the first by name counts. "
-        "Minutes are the median of the runs; some had other work beside them.",
+        "where there are two seeds or more. *Higher* and *lower* are said where the interval leaves 0 out. Intervals "
+        "are not widened for their number: where there is no difference, one of twenty leaves 0 out. Of a setting and "
+        "seed that was run twice, the first by name counts. Minutes are the median of the runs; some had other work "
+        "beside them.",
     ]
     for study in sorted({run.study for run in runs}):
         members = [run for run in runs if run.study == study]
@@ -159,7 +159,7 @@ def main() -> None:
             picture = f"![accuracy, gap and complexity over rate and alpha]({study}/complexity.png)"
             sections += [f"`python scripts/complexity.py` measured [complexity.csv]({study}/complexity.csv):", picture]
     for title, rows in published.items():
-        sections.append(paper_table(title, rows, runs))
+        sections += paper_table(title, rows, runs)
     benchmarks: dict[tuple, list[dict]] = {}
     for path in sorted(folder.glob("benchmark/*.json")):
         benchmark = json.loads(path.read_text()) | {"name": path.stem}
@@ -171,27 +171,26 @@ def main() -> None:
         partial.write_text("\n\n".join(sections) + "\n")
 
 
-def paper_table(title: str, published: dict[str, tuple[str, dict[str, object]]], runs: list[Run]) -> str:
-    """The paper's figures and ours; `published` has the command and the settings of each row."""
+def paper_table(title: str, published: dict[str, tuple[str, dict[str, object]]], runs: list[Run]) -> list[str]:
+    """The paper's figures and ours, and our paired differences; `published` has each row's command and settings."""
     script, columns, rows, against, note = PAPER[title]
-    intro = f"## {title}\n\n{note}{' ' if note else ''}`bash scripts/{script}` runs every row with every seed.\n\n"
+    intro = f"## {title}\n\n{note}{' ' if note else ''}`bash scripts/{script}` runs every row with every seed."
     members = {row: [run for run in runs if not differing(run, published[row][1])] for row in rows}
     if not any(members.values()):
-        return f"{intro}{not_run(columns, rows, published)}"
+        return [intro, not_run(columns, rows, published)]
     figures = [f"{name}, {whose}" for name in columns.values() for whose in ("paper", "ours, best", "ours, last")]
-    lines = [["", *figures, *(f"difference to {other}" for other in against), *CONDITIONS, "command"]]
+    lines, pairs = [["", *figures, *CONDITIONS, "command"]], []
     for row, (name, of_paper) in rows.items():
         for kind in sorted({kind_of_device(run) for run in members[row]}) or [""]:  # a line each
             there = {row: one_a_seed([run for run in members[row] if kind_of_device(run) == kind]) for row in rows}
             cells = [name]
             for column, figure in zip(columns, of_paper, strict=True):
                 cells += [figure, spread(there[row], Run.best, column), spread(there[row], Run.last, column)]
-            for other in against:
-                below = list(rows).index(row) > list(rows).index(other)
-                to_other = difference(there[row], there[other], Run.best) if below else None
-                cells.append(str(to_other or ""))
             lines.append([*cells, *conditions(there[row]), f"`{published[row][0]}`"])
-    return f"{intro}{markdown(lines)}"
+            above = [other for other in against if list(rows).index(other) < list(rows).index(row)]
+            names = {row: f"{rows[row][0].split(' (')[0]}, {kind}" for row in rows}
+            pairs += [(names[row], there[row], names[other], there[other]) for other in above]
+    return [intro, markdown(lines), *paired_differences(pairs, fewest=1)]
 
 
 def not_run(columns: dict[str, str], rows: dict[str, tuple], published: dict[str, tuple]) -> str:
@@ -220,18 +219,24 @@ def study_tables(groups: list[list[Run]], has_script: bool) -> list[str]:
             shared.append(f"{name} {cells[0]}")
     sections = [f"All rows: {'; '.join(shared)}."] if shared else []
     sections.append(markdown(list(zip(*columns, strict=True))))
-    pairs = [["", "against", "last epoch", "best epoch", "pairs", "in words"]]
-    for group in groups:
-        for other in references(group, groups):
-            last, best = (difference(group, other, measure) for measure in (Run.last, Run.best))
-            if last and last.pairs > 1:
-                words = last.in_words()
-                words += "" if words == best.in_words() else f"; best epoch: {best.in_words()}"
-                names = [label(group[0], in_all), label(other[0], in_all)]
-                pairs.append([*names, str(last), str(best), str(last.pairs), words])
-    if len(pairs) > 1:
-        sections += ["Paired differences:", markdown(pairs)]
-    return sections
+    pairs = [
+        (label(group[0], in_all), group, label(other[0], in_all), other)
+        for group in groups
+        for other in references(group, groups)
+    ]
+    return sections + paired_differences(pairs, fewest=2)
+
+
+def paired_differences(pairs: list[tuple[str, list[Run], str, list[Run]]], fewest: int) -> list[str]:
+    """A table of the differences of (name, runs, name of the others, the others) with so many seeds in common."""
+    lines = [["", "against", "last epoch", "best epoch", "pairs", "in words"]]
+    for name, group, other_name, other in pairs:
+        last, best = (difference(group, other, measure) for measure in (Run.last, Run.best))
+        if last and last.pairs >= fewest:
+            words = last.in_words()
+            words += "" if words == best.in_words() else f"; best epoch: {best.in_words()}"
+            lines.append([name, other_name, str(last), str(best), str(last.pairs), words])
+    return ["Paired differences:", markdown(lines)] if len(lines) > 1 else []
 
 
 def conditions(runs: list[Run]) -> list[str]:
