@@ -39,7 +39,8 @@ class Disout(nn.Module):
 
     Args:
         dist_prob: share of the elements to distort, 0 to 1. Settable, so that a schedule can let it grow; give the
-            final one here, as a compiled network compiles anew for a larger one than any before.
+            final one here, as a compiled network compiles anew for a larger one than any before, and set it again after
+            Module.to_empty().
         block_size: side of a block, at least 1; cut to the map, per side, where the map is smaller.
         alpha: intensity of the distortion, at least 0.
         inside: keep even blocks wholly inside the map. The authors place the block of a seed in row i, for an even
@@ -231,7 +232,7 @@ def strength(next_weight: Tensor, signs: Tensor) -> Tensor:
         signs: +1 or -1, (C, k, k), or (C,) for a linear layer.
 
     Returns: float32 (C,). In a grouped layer the maximum is over the outputs of the channel's own group.
-    Source: the authors' code; equation 15 of the paper, simplified.
+    Source: the authors' code; equation 15 of the paper, simplified. Theirs takes no linear layer: its tenth is ours.
     """
     channels, shape = signs.shape[0], tuple(next_weight.shape)
     groups = channels // shape[1] if len(shape) > 2 and shape[1] else 1

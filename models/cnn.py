@@ -1,8 +1,8 @@
 """The plain CNN of the paper's Table 1, whose fully connected layers are regularized.
 
-No code of it is published; the layers are those of a third party's code (github.com/jiahy0825/Disout), batch norm after
-the convolutions among them: without it the network stayed at chance in a short trial. The regularizer adds no entry to
-the state dict.
+The authors published no code of it; the layers are those of a third party's code (github.com/jiahy0825/Disout), batch
+norm after the convolutions among them: without it the network stayed at chance in a short trial. The regularizer adds
+no entry to the state dict.
 """
 
 import torch.nn.functional as F

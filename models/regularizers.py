@@ -1,4 +1,5 @@
-"""From `--method` to the layers that the networks insert. A new method is one more row of METHODS."""
+"""From `--method` to the layers that the networks insert. A new method is one more row of METHODS, and, if the CNN
+is to take it, of CNN_METHODS in train.py."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -37,7 +37,7 @@ from utils import data, photographs
 from utils.engine import Schedule, train_epoch
 from utils.failures import run_script
 from utils.flags import Parser, number, usable_device
-from utils.record import device_name, write_json
+from utils.record import device_name, git_commit, write_json
 from utils.schedules import step_sizes
 from utils.speed import set_up
 
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows += loader(args.data or generate_photographs(Path(folder)))
     if args.json:
-        write_json(args.json, {"machine": machine, "rows": [row._asdict() for row in rows]})
+        write_json(args.json, {"machine": machine, "commit": git_commit(), "rows": [row._asdict() for row in rows]})
 
 
 def training_steps(device: torch.device, compiled: bool) -> list[Row]:

@@ -184,8 +184,9 @@ def one_a_seed(runs: list[Run]) -> list[Run]:
 
 
 def references(group: list[Run], groups: list[list[Run]]) -> list[list[Run]]:
-    """The groups that a group is compared to: no regularizer, for Disout also DropBlock, Dropout and Disout at the
-    script's default setting, and beside float32 the same in float32. They share all settings but the method's."""
+    """The groups that a group is compared to: no regularizer, for Disout also DropBlock, Dropout, and Disout at the
+    script's default setting or its alpha, and beside float32 the same in float32. They share all settings but the
+    method's."""
     run, found = group[0], []
     for other in groups:
         method = other[0].config["method"]
@@ -194,16 +195,19 @@ def references(group: list[Run], groups: list[list[Run]]) -> list[list[Run]]:
         if precision(other[0]) == precision(run):
             baselines = {"none": (), "disout": ("none", "dropblock", "dropout")}.get(run.config["method"], ("none",))
             both_disout = method == run.config["method"] == "disout"
-            found += [other] if method in baselines or (both_disout and is_default(other[0])) else []
+            found += [other] if method in baselines or (both_disout and is_default(other[0], run)) else []
         elif not precision(other[0]) and settings_in(other[0]) == settings_in(run):
             found.append(other)
     return found
 
 
-def is_default(run: Run) -> bool:
-    """Whether Disout has the script's own setting, which is the authors'."""
-    defaults, of = recipe(run), settings_in(run)
-    return all(of[name] == defaults[name] for name in ("dist_prob", "alpha", "block_size", "inside"))
+def is_default(run: Run, beside: Run) -> bool:
+    """Whether Disout has the script's own setting, or its alpha and all else as the run beside it."""
+    default, of, wanted = recipe(run), settings_in(run), settings_in(beside)
+    places = ("dist_prob", "block_size", "inside")
+    return of["alpha"] == default["alpha"] and any(
+        all(of[name] == x[name] for name in places) for x in (default, wanted)
+    )
 
 
 def spread(runs: list[Run], measure: Measure, column: str) -> str:

@@ -126,7 +126,7 @@ def test_the_folder_says_what_it_is_and_another_network_does_not_go_on_with_it(r
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     assert [config[name] for name in ("model", "depth", "block_size")] == ["cnn", 0, 1]
     assert (summary["model"], summary["depth"], summary["parameters"]) == ("cnn", 0, 10_072_042)
-    assert metrics(folder)[-1]["distorted"] == pytest.approx(0.5, abs=0.02)
+    assert metrics(folder)[-1]["distorted"] == pytest.approx(train.CNN_RECIPE["dist_prob"], abs=0.02)
     message = refused(*SHORT[2:], "--resume")
     assert "model: cnn -> resnet" in message
 

@@ -543,3 +543,11 @@ def test_distort_leaves_its_arguments_alone(x):
     keep, elements = keep_of(torch.tensor([3, 50]), x, 3)
     distort(x, keep, elements, torch.randn(elements.shape), 0.01, 5.0)
     assert torch.equal(x, before)
+
+
+def test_a_layer_made_on_the_meta_device_takes_its_rate_again(x):
+    with torch.device("meta"):
+        layer = Disout(0.3, block_size=1)
+    layer.to_empty(device="cpu").dist_prob = 0.3
+    in_training(x, layer)
+    assert layer.distorted.item() == pytest.approx(0.3, abs=0.05)

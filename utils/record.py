@@ -1,5 +1,5 @@
-"""What a run writes into its folder. All of it but config.json follows from the rows, one an epoch, that the checkpoint
-holds, so it is written again when a run goes on."""
+"""What a run writes into its folder. All of it but config.json and best.pt follows from the rows, one an epoch, that
+the checkpoint holds, so it is written again when a run goes on."""
 
 import csv
 import json
