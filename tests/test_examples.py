@@ -41,5 +41,5 @@ def test_the_hub_gives_the_networks(tmp_path, monkeypatch):
     cnn = torch.hub.load(str(ROOT), "cnn_disout", source="local", num_classes=100, alpha=2.0)
     assert cnn.fc3.out_features == 100
     assert [(layer.dist_prob, layer.block_size, layer.alpha) for layer in (cnn.hidden1, cnn.hidden2)] == [
-        (0.5, 1, 2)
+        (0.3, 1, 2)
     ] * 2
