@@ -60,8 +60,8 @@ class Disout(nn.Module):
     Raises:
         ValueError: naming the argument and its value, where it makes no sense.
 
-    Source: the authors' code; the paper for the element-wise case. `inside`, `features_last` and maps of one or three
-    sides are ours. torch.jit.script does not take it: `eval()` and torch.jit.trace, or torch.export, do.
+    Source: the authors' code; the paper for single elements. `inside`, `features_last` and maps of one or three sides
+    are ours. torch.jit.script does not take it: `eval()` and torch.jit.trace, or torch.export, do.
     """
 
     block_size: int
@@ -113,8 +113,8 @@ class Disout(nn.Module):
         """Args:
             x: feature map (N, C, H, W), (N, C, L) or (N, C, D, H, W), or features (N, F), which count as maps of one
                 element; with `features_last`, C or F comes last. Any floating-point dtype.
-            next_weight: weight of the convolution (out, C/groups, k, k) or linear layer (out, C) that reads `x` next.
-                It takes no gradient. None where nothing reads it: the strength is then 0.01.
+            next_weight: weight of the convolution (out, C/groups, k, k; a transposed one's as .transpose(0, 1)) or
+                linear layer (out, C) that reads `x` next. No gradient. None where nothing reads it: strength 0.01.
         Returns: tensor of x's shape and dtype; in evaluation x itself.
         """
         if not 2 <= x.dim() <= 5 or not x.is_floating_point():
