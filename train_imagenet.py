@@ -27,7 +27,7 @@ from utils.checkpoint import Checkpoints, Progress, has_checkpoint, load_weights
 from utils.engine import Schedule, evaluate, train_epoch
 from utils.failures import run_script
 from utils.files import lock_folder
-from utils.flags import Parser, add_shared_flags, check_folder, number, run_settings
+from utils.flags import Parser, UsageError, add_shared_flags, check_folder, number, run_settings
 from utils.interruptions import Interruptions
 from utils.processes import join, leave, processes, share_buffers
 from utils.record import Recorder
@@ -71,6 +71,8 @@ def main(argv: list[str]) -> None:
     # Data
     train, test = photographs.load(args.data, args.augment, args.image_size, args.seed, args.skip_corrupt)
     parts = world * args.accumulate_steps
+    if len(train) < 2 * parts:
+        raise UsageError(f"--data: {len(train)} training images are fewer than two a part of a batch ({parts})")
     sizes = step_sizes(len(train), args.batch_size, smallest=2 * parts)
     sampler = photographs.EpochSampler(sizes, args.accumulate_steps, args.seed, rank, world)
     train_loader = photographs.make_loader(train, sampler, args.workers, device)

@@ -199,6 +199,11 @@ WENT_WRONG = {
         lambda at, _: weights(at / "w.png", lambda p: Image.new("RGB", (9, 9)).save(p)),
         "w.png",
     ),
+    "weights that are a table": (
+        "train.py",
+        lambda at, _: weights(at / "metrics.csv", lambda p: p.write_text("epoch,lr\n")),
+        "no torch file",
+    ),
     "a config.json that is empty": (
         "train.py",
         lambda at, _: ((at / "run").mkdir(), (at / "run/config.json").touch(), ("--output", str(at), "--resume"))[-1],
@@ -241,6 +246,11 @@ def test_too_little_memory_is_said_with_what_takes_less(fails, monkeypatch, scri
     monkeypatch.setattr(engine.F, "cross_entropy", fail)
     message = fails(script, (), 1)
     assert message == f"{script}: CUDA out of memory: --amp or a smaller --batch_size takes less memory\n"
+
+
+def test_fewer_photographs_than_the_parts_of_a_batch_need(fails):
+    message = fails("train_imagenet.py", ("--batch_size", "1024", "--accumulate_steps", "512"), 2)
+    assert "two a part of a batch (512)" in message
 
 
 def test_more_processes_than_gpus_are_counted(fails, monkeypatch):

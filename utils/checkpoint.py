@@ -136,7 +136,7 @@ def read(path: Path) -> object:
     except Exception as error:  # the unpickler raises whatever it stumbles over
         found = {EOFError: "it is empty", RuntimeError: "it is cut short or damaged"}
         found |= {pickle.UnpicklingError: "it is no torch file, or has code in it"}
-        why = found.get(type(error), type(error).__name__)
+        why = found.get(type(error), "it is no torch file")
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {why}") from None
 
 
