@@ -1,7 +1,5 @@
 """Does distortion lower the complexity of the layer that reads the map, and the gap to training, as the paper claims?
 
-usage: python scripts/complexity.py FOLDER     (of complete runs of train.py with their checkpoints: results/small_grid)
-
 Writes complexity.csv into FOLDER, a row a run, of the network after its last epoch, in evaluation mode: accuracy on its
 own training images and on the images that the run was evaluated on, their difference (the gap), and the complexity.
 That is the term which the paper's bound adds up over layers, as an empirical Rademacher average of the trained network:
@@ -31,21 +29,24 @@ from disout import strength
 from models.resnet_cifar import ResNet
 from utils.data import test_batches
 from utils.engine import evaluate
+from utils.failures import run_script
 from utils.files import replacing
+from utils.flags import Parser, UsageError
 
 DRAWS = 100
 SETTINGS = ("method", "dist_prob", "block_size", "alpha", "augment", "seed")
 MEASURED = ("train_top1", "test_top1", "gap", "complexity", "relative_complexity", "distortion")
 
 
-def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
-        sys.exit(__doc__)
-    folder = Path(sys.argv[1])
+def main(argv: list[str]) -> None:
+    parser = Parser(__doc__)
+    about = "complete runs of train.py with their checkpoints: results/small_grid"
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help=about)
+    folder = parser.parse_args(argv).folder
     runs = [summary.parent for summary in sorted(folder.glob("*/summary.json"))]
     runs = [run for run in runs if (run / "checkpoint.pt").exists()]
     if not runs:
-        sys.exit(f"complexity.py: no complete run with its checkpoint in {folder}/NAME")
+        raise UsageError(f"no complete run with its checkpoint in {folder}/NAME")
     rows = []
     for run in runs:
         rows.append(measure(run))
@@ -157,4 +158,4 @@ def draw(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("complexity.py", main, sys.argv[1:])

@@ -1,7 +1,5 @@
 """Draws what Disout does to a feature map, beside dropout and DropBlock.
 
-usage: python scripts/draw_distortion.py RUN FILE.png     (a run of train.py with its checkpoint)
-
 The map is that of the first evaluated image, after the first convolution of the trained network's last group: its four
 channels of the largest deviation, each under one draw of each method. Rate 0.3 and blocks of 3 x 3, unlike in training,
 so that a single map shows something.
@@ -17,18 +15,21 @@ from torch import nn
 
 from disout import Disout
 from utils.data import test_batches
+from utils.failures import run_script
 from utils.files import replacing
+from utils.flags import Parser
 
 RATE, BLOCK = 0.3, 3
 CHANNELS = 4
 
 
 @torch.no_grad()
-def main() -> None:
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    run, path = Path(sys.argv[1]), Path(sys.argv[2])
-    _, model, (_, test, mean, std) = load_trained(run)
+def main(argv: list[str]) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run of train.py with its checkpoint: results/NAME")
+    parser.add_argument("file", type=Path, metavar="FILE.png", help="to write")
+    args = parser.parse_args(argv)
+    _, model, (_, test, mean, std) = load_trained(args.run)
     model.eval()
     block, maps = model.layer3[0], []
     block.conv1.register_forward_hook(lambda _module, _inputs, output: maps.append(output))
@@ -60,9 +61,9 @@ def main() -> None:
         axes_of_row[0].set_ylabel(f"channel {channel}")
         figure.colorbar(shown, ax=axes_of_row, shrink=0.9)
     figure.get_layout_engine().set(w_pad=0.1)
-    with replacing(path) as partial:
+    with replacing(args.file) as partial:
         figure.savefig(partial, format="png", dpi=80)
 
 
 if __name__ == "__main__":
-    main()
+    run_script("draw_distortion.py", main, sys.argv[1:])

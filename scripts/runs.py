@@ -23,8 +23,9 @@ import train_imagenet  # noqa: E402
 from models.resnet_cifar import ResNet  # noqa: E402
 from utils import data  # noqa: E402
 from utils.checkpoint import PLACES, load_weights  # noqa: E402
+from utils.flags import UsageError  # noqa: E402
 
-SAME = {"seed", "processes", "deterministic", *PLACES}  # what may differ between runs of one setting
+SAME = {"seed", "processes", "accumulate_steps", "deterministic", *PLACES}  # may differ between a setting's runs
 METHOD = {"method", "dist_prob", "alpha", "block_size", "inside", "label_smoothing", "augment"}
 
 
@@ -76,9 +77,13 @@ def read_runs(folder: Path) -> list[Run]:
 def load_trained(run: Path) -> tuple[dict, ResNet, tuple[data.Images, data.Images, Tensor, Tensor]]:
     """config.json, the network after its last epoch, without regularizer, and what it worked on, of a run of train.py
     that has its checkpoint; of a ResNet, as whoever asks looks at its last group."""
+    if not (run / "config.json").exists():
+        raise UsageError(f"{run} is no run: it has no config.json")
     config = json.loads((run / "config.json").read_text())
-    if config.get("model", "resnet") != "resnet":
-        sys.exit(f"{run} is of --model {config['model']}: only a ResNet has the maps that are looked at here")
+    if config.get("model", "resnet") != "resnet" or config["dataset"] not in data.DATASETS:
+        raise UsageError(f"{run} is no run of train.py with a ResNet, which alone has the maps that are looked at here")
+    if not (run / "checkpoint.pt").exists():
+        raise UsageError(f"{run} has no checkpoint.pt (published runs have none)")
     parts = (config[name] for name in ("dataset", "data_root", "train_size", "holdout"))
     model = ResNet(config["depth"], data.DATASETS[config["dataset"]][0]).to(memory_format=torch.channels_last)
     load_weights(run / "checkpoint.pt", model)

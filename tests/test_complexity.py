@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(train.__file__).parent / "scripts"))
 import complexity
 import draw_distortion
 
+from utils.flags import UsageError
+
 
 def measured(layer, images, batch_size):
     with complexity.Complexity([layer], len(images)) as sums:
@@ -51,13 +53,12 @@ def test_the_size_of_the_distortion_is_the_root_mean_square_of_the_strength():
     assert complexity.size_of_strength(weight) == pytest.approx(expected, rel=0.05)
 
 
-def test_of_runs_it_writes_a_row_each_and_the_picture(run, monkeypatch):
+def test_of_runs_it_writes_a_row_each_and_the_picture(run):
     small = ["--train_size", "100", "--holdout", "50", "--epochs", "1", "--augment", "none"]
     run(*small, "--method", "none", name="none")
     run(*small, "--method", "dropblock", name="dropblock")
     folder = run(*small, "--alpha", "2", name="disout").parent
-    monkeypatch.setattr(sys, "argv", ["complexity.py", str(folder)])
-    complexity.main()
+    complexity.main([str(folder)])
     with (folder / "complexity.csv").open() as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {"none", "dropblock", "disout"}
@@ -69,14 +70,21 @@ def test_of_runs_it_writes_a_row_each_and_the_picture(run, monkeypatch):
     assert (folder / "complexity.png").stat().st_size > 10_000
 
 
-def test_without_a_run_it_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["complexity.py", str(tmp_path)])
-    with pytest.raises(SystemExit, match="no complete run with its checkpoint"):
-        complexity.main()
+@pytest.mark.parametrize(
+    ("main", "argv", "says"),
+    [
+        (complexity.main, ["{tmp}"], "no complete run with its checkpoint"),
+        (draw_distortion.main, ["{tmp}/missing", "{tmp}/maps.png"], "is no run"),
+        (draw_distortion.main, ["{published}/small_study/disout-s0", "{tmp}/maps.png"], "published runs have none"),
+    ],
+)
+def test_without_a_run_it_says_so(main, argv, says, tmp_path):
+    published = Path(complexity.__file__).parent.parent / "results/published"
+    with pytest.raises(UsageError, match=says):
+        main([argument.format(tmp=tmp_path, published=published) for argument in argv])
 
 
-def test_the_distortion_of_a_trained_network_is_drawn(run, tmp_path, monkeypatch):
+def test_the_distortion_of_a_trained_network_is_drawn(run, tmp_path):
     folder = run("--train_size", "20", "--epochs", "1")
-    monkeypatch.setattr(sys, "argv", ["draw_distortion.py", str(folder), str(tmp_path / "maps.png")])
-    draw_distortion.main()
+    draw_distortion.main([str(folder), str(tmp_path / "maps.png")])
     assert (tmp_path / "maps.png").stat().st_size > 10_000

@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(train.__file__).parent / "scripts"))
 import make_tables
 import runs
 
+from utils.flags import UsageError
+
 ROWS = {row: settings for row, (_, settings) in runs.published_settings("table2_cifar10.sh").items()}
 
 
@@ -219,12 +221,13 @@ def test_runs_without_a_study_count_and_no_run_at_all_is_said(publish, page):
     assert "91.00" in page()["Table 2, CIFAR-10 (ResNet-56)"]
 
 
-def test_the_number_of_processes_is_no_other_setting_but_is_shown(publish, page):
+def test_into_how_many_shares_a_batch_goes_is_no_other_setting(publish, page):
     _, settings = runs.published_settings("table3_imagenet.sh")["disout"]
     config = {**settings, "processes": 8, "command": "python train_imagenet.py"}
     publish("eight", "disout", config, 0, (70, 71))
+    publish("parts", "disout", config | {"processes": 1, "accumulate_steps": 8}, 1, (72, 73))
     table = page()["Table 3, ImageNet (ResNet-50)"]
-    assert "71.00" in table and "8 x a CPU" in table
+    assert "72.00 ± 1.41" in table and "8 x a CPU" in table
 
 
 def test_a_flag_that_is_younger_than_the_run_had_its_default(publish, page):
@@ -274,9 +277,10 @@ def test_a_run_of_the_cnn_is_never_taken_for_one_of_a_resnet_nor_compared_to_it(
 
 
 def test_scripts_that_look_at_a_resnets_maps_refuse_another_network(tmp_path):
-    (tmp_path / "config.json").write_text('{"model": "cnn"}')
-    with pytest.raises(SystemExit, match="--model cnn"):
-        runs.load_trained(tmp_path)
+    for config in ('{"model": "cnn", "dataset": "cifar10"}', '{"dataset": "imagenet"}'):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(UsageError, match="with a ResNet"):
+            runs.load_trained(tmp_path)
 
 
 def test_features_are_compared_to_dropout_and_alpha_0_is_said(publish, page):
