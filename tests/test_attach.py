@@ -793,7 +793,7 @@ def test_a_module_that_calls_all_that_is_in_it_does_not_call_the_layer():
 
 
 def test_a_wrapped_network_is_refused(network):
-    with pytest.raises(ValueError, match="before it is wrapped or compiled"):
+    with pytest.raises(ValueError, match="attach to the network itself"):
         attach(torch.compile(network), "0", 0.5)
 
 
