@@ -159,7 +159,7 @@ def attach(
             Also in the first forward, where a named reader reads another number of channels than the map has.
     """
     if type(model).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
-        raise ValueError("model: attach to the network itself, before DistributedDataParallel wraps or a compiler takes it")
+        raise ValueError("model: attach to the network itself, before DistributedDataParallel or a compiler takes it")
     modules = dict(model.named_modules())
     patterns = [where] if isinstance(where, str) else list(where)
     names = [name for name in modules if name and any(fnmatchcase(name, pattern) for pattern in patterns)]
