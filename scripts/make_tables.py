@@ -11,6 +11,7 @@ benchmark.py in FOLDER/benchmark/*.json are a table of their own.
 
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -175,7 +176,8 @@ def main() -> None:
 
 
 def paper_table(title: str, published: dict[str, tuple[str, dict[str, object]]], runs: list[Run]) -> list[str]:
-    """The paper's figures and ours, and our paired differences; `published` has each row's command and settings."""
+    """The paper's figures and ours, and our paired differences; `published` has each row's command and settings. A
+    line's command is that of its first run, as precision and place may differ from the script's."""
     script, columns, rows, against, note = PAPER[title]
     intro = f"## {title}\n\n{note}{' ' if note else ''}`bash scripts/{script}` runs every row with every seed."
     members = {row: [run for run in runs if not differing(run, published[row][1])] for row in rows}
@@ -189,7 +191,9 @@ def paper_table(title: str, published: dict[str, tuple[str, dict[str, object]]],
             cells = [name]
             for column, figure in zip(columns, of_paper, strict=True):
                 cells += [figure, spread(there[row], Run.best, column), spread(there[row], Run.last, column)]
-            lines.append([*cells, *conditions(there[row]), f"`{published[row][0]}`"])
+            command = there[row][0].config["command"] if there[row] else published[row][0]
+            command = re.sub(r" --resume\b| --(seed|output|name) ('[^']*'|\S+)", "", command)
+            lines.append([*cells, *conditions(there[row]), f"`{command}`"])
             names = {one: f"{text.split(' (')[0]}, {kind}" for one, (text, _) in rows.items()}
             above = [other for other in list(rows)[: list(rows).index(row)] if other in against]
             pairs += [(names[row], there[row], names[other], there[other]) for other in above]

@@ -71,6 +71,12 @@ def test_the_paper_table_has_mean_deviation_and_paired_difference(publish, page)
     assert "](table2_cifar10/accuracy.png)" in sections["table2_cifar10"]
 
 
+def test_a_lines_command_is_that_of_its_first_run_without_what_is_its_own(publish, page):
+    command = "python train.py --amp --seed 1 --output 'results/my runs' --name none-s1 --method none --resume"
+    publish("mine", "none", ROWS["none"] | {"command": command}, 1, (90, 91))
+    assert "`python train.py --amp --method none`" in page()["Table 2, CIFAR-10 (ResNet-56)"]
+
+
 def test_a_seed_that_was_run_twice_counts_once(publish, page):
     for study, top1 in (("a", (90, 91)), ("b", (94, 95))):
         publish(study, "disout", ROWS["disout"], 0, top1)
