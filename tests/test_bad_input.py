@@ -46,6 +46,8 @@ TYPED = [
     (BOTH, ("--method", "dropuot"), ("--method", "dropuot", "disout")),
     (BOTH, ("--device", "cuda:99"), ()),
     (BOTH, ("--device", "toaster"), ()),
+    (BOTH, ("--device", "meta"), ()),
+    (BOTH, ("--device", "privateuseone"), ()),
     (BOTH, ("--name", "a/b"), ()),
     (BOTH, ("--epoch", "3"), ()),
     (BOTH, ("--droprate", "3"), ()),

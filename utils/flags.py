@@ -72,10 +72,12 @@ def folder_name(text: str) -> str:
 
 
 def usable_device(text: str) -> torch.device:
-    """An argparse type: a device that a tensor can be put on."""
+    """An argparse type: a device that a tensor can be put on, and read from, which meta is not."""
     try:
-        return torch.zeros(1, device=text).device
-    except (RuntimeError, AssertionError) as error:
+        probe = torch.zeros(1, device=text)
+        probe.item()
+        return probe.device
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason})") from None
 
