@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     # Data
     train, test = photographs.load(args.data, args.augment, args.image_size, args.seed, args.skip_corrupt)
     parts = world * args.accumulate_steps
-    if len(train) < 2 * parts:
+    if not args.evaluate and len(train) < 2 * parts:
         raise UsageError(f"--data: {len(train)} training images are fewer than two a part of a batch ({parts})")
     sizes = step_sizes(len(train), args.batch_size, smallest=2 * parts)
     sampler = photographs.EpochSampler(sizes, args.accumulate_steps, args.seed, rank, world)

@@ -135,8 +135,8 @@ def read(path: Path) -> object:
         raise
     except Exception as error:  # the unpickler raises whatever it stumbles over
         found = {EOFError: "it is empty", RuntimeError: "it is cut short or damaged"}
-        found |= {pickle.UnpicklingError: "it is no torch file, or has code in it"}
-        why = found.get(type(error), "it is no torch file")
+        found |= {pickle.UnpicklingError: "it is no torch file, or has code in it", IndexError: "it is no torch file"}
+        why = found.get(type(error), type(error).__name__)
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {why}") from None
 
 
