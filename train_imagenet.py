@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
         decay=IMAGENET_DECAY,
     )
     layers = [(layer, layer.dist_prob) for layer in regularizer_layers(model)]
-    schedule = Schedule(lr_at_step, layers, total_steps, args.seed)
+    schedule = Schedule(lr_at_step, layers, total_steps, args.seed, args.constant_prob)
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)
 
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
             step = (epoch + 1) * len(sizes)
             row = {
                 "epoch": epoch + 1,
-                "dist_prob": dist_prob_at(step - 1, total_steps, args.dist_prob),
+                "dist_prob": dist_prob_at(step - 1, total_steps, args.dist_prob, args.constant_prob),
                 **scores,
                 "skipped": scores["train_skipped"] + scores["test_skipped"],
                 "seconds": time.perf_counter() - start,

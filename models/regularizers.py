@@ -50,20 +50,20 @@ class Method(NamedTuple):
 
 METHODS = {
     "none": Method((), True, lambda *_: None),
-    "dropout": Method(("dist_prob",), False, lambda place, rate, *_: Dropped(nn.Dropout(rate), 4)),
-    "spatial_dropout": Method(("dist_prob",), False, lambda place, rate, *_: Dropped(nn.Dropout2d(rate), 2)),
+    "dropout": Method(("dist_prob", "constant_prob"), False, lambda place, rate, *_: Dropped(nn.Dropout(rate), 4)),
+    "spatial_dropout": Method(("dist_prob", "constant_prob"), False, lambda place, rate, *_: Dropped(nn.Dropout2d(rate), 2)),
     "drop_path": Method(
-        ("dist_prob",),
+        ("dist_prob", "constant_prob"),
         False,
         lambda place, rate, *_: Dropped(StochasticDepth(rate, "row"), 1) if place == "branch" else None,
     ),
     "dropblock": Method(
-        ("dist_prob", "block_size", "inside"),
+        ("dist_prob", "constant_prob", "block_size", "inside"),
         True,
         lambda place, rate, block_size, alpha, inside: Disout(rate, block_size, 0.0, inside),
     ),
     "disout": Method(
-        ("dist_prob", "block_size", "alpha", "inside"),
+        ("dist_prob", "constant_prob", "block_size", "alpha", "inside"),
         True,
         lambda place, rate, block_size, alpha, inside: Disout(rate, block_size, alpha, inside),
     ),

@@ -26,7 +26,7 @@ from utils.checkpoint import PLACES, load_weights  # noqa: E402
 from utils.flags import UsageError  # noqa: E402
 
 SAME = {"seed", "processes", "accumulate_steps", "deterministic", *PLACES}  # may differ between a setting's runs
-METHOD = {"method", "dist_prob", "alpha", "block_size", "inside", "label_smoothing", "augment"}
+METHOD = {"method", "dist_prob", "constant_prob", "alpha", "block_size", "inside", "label_smoothing", "augment"}
 
 
 class Run(NamedTuple):
@@ -149,6 +149,7 @@ def label(run: Run, shared: frozenset[str] = frozenset()) -> str:
     """The method and what it reads, and what else a label says but for these."""
     of, parts = settings_in(run), [run.config["method"]]
     parts += [f"p {of['dist_prob']:g}"] if of["dist_prob"] else []
+    parts += ["constant"] if of["constant_prob"] else []
     parts += [f"block {of['block_size']}{' inside' if of['inside'] else ''}"] if of["block_size"] else []
     parts += [f"alpha {of['alpha']:g}"] if run.config["method"] == "disout" else []
     return ", ".join(parts + [part for part in beside_method(run) if part not in shared])

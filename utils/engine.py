@@ -27,6 +27,7 @@ class Schedule(NamedTuple):
     layers: list[tuple[nn.Module, float]]  # of the regularizer, each with the rate that it grows to
     total_steps: int
     seed: int  # with the step and the process's rank, it seeds the layers' draws, so that any step can be replayed
+    constant_prob: bool = False  # the layers have their rate from the first step on
 
 
 def train_epoch(
@@ -64,7 +65,7 @@ def train_epoch(
     Raises:
         Diverged: a loss or weight is not finite, which is looked at before saving and at the end.
     """
-    lr_at_step, layers, total_steps, seed = schedule
+    lr_at_step, layers, total_steps, seed, constant = schedule
     model.train()
     rank, world = processes()
     batches = iter(batches)
@@ -77,7 +78,7 @@ def train_epoch(
     def check_finite() -> None:
         if found := first_not_finite(bad_step, model, step):
             bad, what = found
-            rate = dist_prob_at(bad, total_steps, max((final for _, final in layers), default=0.0))
+            rate = dist_prob_at(bad, total_steps, max((final for _, final in layers), default=0.0), constant)
             where = f"epoch {epoch + 1}, step {bad % len(step_sizes) + 1} of {len(step_sizes)}"
             raise Diverged(
                 f"a {what} is not finite in {where} (lr {lr_at_step(bad):g}, dist_prob {rate:g}): what was saved "
@@ -89,7 +90,7 @@ def train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = lr
         for layer, final in layers:
-            layer.dist_prob = dist_prob_at(step, total_steps, final)
+            layer.dist_prob = dist_prob_at(step, total_steps, final, constant)
         torch.manual_seed(seed_for("step", seed, step, rank))
 
         optimizer.zero_grad()

@@ -90,6 +90,8 @@ def add_shared_flags(parser: Parser) -> None:
 
     parser.add_argument("--method", choices=METHODS, default="disout", help="regularizer (default: disout)")
     add("--dist_prob", number(float, 0, 1), "share of a map to distort at the end of training, or the method's rate")
+    constant = "dist_prob from the first step on, where it otherwise grows from 0"
+    parser.add_argument("--constant_prob", action="store_true", help=constant)
     add("--alpha", number(float, 0), "intensity of the distortion")
     add("--block_size", number(int, 1), "side of a block; 1: element-wise")
     parser.add_argument("--inside", action="store_true", help="keep even blocks wholly inside the map (see disout.py)")
@@ -123,7 +125,7 @@ def run_settings(args: argparse.Namespace, parser: Parser) -> tuple[dict[str, ob
         raise UsageError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here")
     network = f"resnet{args.depth}" if args.depth else "cnn"
     args.name = args.name or f"{args.dataset}-{network}-{args.method}-s{args.seed}"
-    unread = {"dist_prob", "block_size", "alpha", "inside"} - set(METHODS[args.method].settings)
+    unread = {"dist_prob", "constant_prob", "block_size", "alpha", "inside"} - set(METHODS[args.method].settings)
     for flag in unread:
         setattr(args, flag, type(getattr(args, flag))(0))
     if args.compile and not METHODS[args.method].compiles:

@@ -85,8 +85,9 @@ class Recorder:
         write_events(self.events, rows[-1])
         print(epoch_line(rows[-1], self.settings["epochs"], self.evaluated_on), flush=True)
 
-    def finish(self, rows: Sequence[dict[str, float]], model: nn.Module) -> None:
-        """curve.png and summary.json, whose presence means that the run is complete."""
+    def finish(self, rows: Sequence[dict[str, float]], model: nn.Module, learned_top1: float | None = None) -> None:
+        """curve.png and summary.json, whose presence means that the run is complete. `learned_top1` is the accuracy of
+        the last epoch's weights on the training images, in evaluation, so without distortion and augmentation."""
         self.events.close()
         draw_curve(self.folder, rows, self.folder.name, self.evaluated_on)
         best = rows[best_epoch(rows) - 1]
@@ -101,6 +102,7 @@ class Recorder:
             "best_epoch": best["epoch"],
             "last_top1": round(rows[-1]["test_top1"], 4),
             "last_top5": round(rows[-1]["test_top5"], 4),
+            **({} if learned_top1 is None else {"learned_top1": round(learned_top1, 4)}),
             "distorted": round(rows[-1]["distorted"], 6),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "device": device_name(self.device),

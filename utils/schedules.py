@@ -9,9 +9,12 @@ CIFAR_DECAY = ((59 / 200, 119 / 200, 159 / 200), 0.2)
 IMAGENET_DECAY = ((0.45, 0.74, 0.93), 0.1)
 
 
-def dist_prob_at(step: int, total_steps: int, final: float) -> float:
+def dist_prob_at(step: int, total_steps: int, final: float, constant: bool = False) -> float:
     """linspace(0, final, total_steps)[step]: the first step is the identity, the last uses `final` (authors' code).
-    No step has a larger one, not by rounding either, as a compiled network would be compiled anew for it."""
+    No step has a larger one, not by rounding either, as a compiled network would be compiled anew for it. If
+    `constant`, `final` in every step."""
+    if constant:
+        return final
     return final * (step / (total_steps - 1)) if total_steps > 1 else 0.0
 
 
