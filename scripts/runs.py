@@ -26,6 +26,7 @@ from utils.checkpoint import PLACES, load_weights  # noqa: E402
 from utils.flags import UsageError  # noqa: E402
 
 SAME = {"seed", "processes", "accumulate_steps", "deterministic", *PLACES}  # may differ between a setting's runs
+TUNED = {"lr", "weight_decay"}  # which each method of a study may have as its own
 METHOD = {"method", "dist_prob", "constant_prob", "alpha", "block_size", "inside", "label_smoothing", "augment"}
 
 
@@ -132,6 +133,11 @@ def apart_from_recipe(run: Run) -> dict[str, object]:
     return {name: value for name, value in apart.items() if name not in METHOD}
 
 
+def shared_settings(run: Run) -> dict[str, object]:
+    """All that runs must share to be compared: their settings but for the method's and what a study tunes."""
+    return {name: value for name, value in settings_in(run).items() if name not in METHOD | TUNED}
+
+
 def off_recipe(groups: list[list[Run]]) -> list[list[str]]:
     """Of each group, the settings that are not the recipe's; one that is not in one group is said of all."""
     names = dict.fromkeys(name for group in groups for name in apart_from_recipe(group[0]))
@@ -192,11 +198,13 @@ def one_a_seed(runs: list[Run]) -> list[Run]:
 def references(group: list[Run], groups: list[list[Run]]) -> list[list[Run]]:
     """The groups that a group is compared to: no regularizer, for Disout also DropBlock, Dropout, and Disout at the
     script's default setting or its alpha, and beside float32 the same in float32. They share all settings but the
-    method's."""
+    method's, and what a study tunes for each method. None in a grid, which chooses on held-out images."""
     run, found = group[0], []
+    if run.config.get("holdout"):
+        return []
     for other in groups:
         method = other[0].config["method"]
-        if other is group or apart_from_recipe(other[0]) != apart_from_recipe(run):
+        if other is group or shared_settings(other[0]) != shared_settings(run):
             continue
         if precision(other[0]) == precision(run):
             baselines = {"none": (), "disout": ("none", "dropblock", "dropout")}.get(run.config["method"], ("none",))

@@ -1,5 +1,8 @@
 """The network of Table 1, and train.py with it."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import metrics, read_json, same, without_times
@@ -9,6 +12,13 @@ import train
 from disout import strength
 from models.cnn import CNN
 from models.regularizers import make_regularizer, regularizer_layers
+from utils import data
+from utils.checkpoint import load_weights
+from utils.engine import evaluate
+from utils.flags import UsageError
+
+sys.path.insert(0, str(Path(train.__file__).parent / "scripts"))
+import noise_size
 
 SHORT = ("--model", "cnn", "--train_size", "20", "--holdout", "20", "--batch_size", "10", "--epochs", "2")
 
@@ -151,6 +161,45 @@ def test_resumed_equals_uninterrupted_and_evaluate_gives_the_recorded_accuracy(r
     assert same(*(torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (stopped, whole)))
     run(*SHORT, "--evaluate", str(whole / "best.pt"))
     assert f"top1 {read_json(whole / 'summary.json')['best_top1']:.2f} %" in capsys.readouterr().out
+
+
+def test_the_rate_grows_unless_it_is_constant(run):
+    flags = (*SHORT, "--method", "dropout", "--dist_prob", "0.4")
+    grown, constant = run(*flags, name="grown"), run(*flags, "--constant_prob", name="constant")
+    assert [row["dist_prob"] for row in metrics(grown)] == pytest.approx([0.4 / 3, 0.4], rel=1e-4)
+    assert [row["dist_prob"] for row in metrics(constant)] == [0.4, 0.4]
+    assert metrics(constant)[0]["distorted"] == pytest.approx(0.4, abs=0.02)
+    assert read_json(constant / "config.json")["constant_prob"] is True
+
+
+def test_the_summary_has_the_training_accuracy_of_the_last_weights_without_distortion(run, monkeypatch):
+    """Which no row of a run with a rate has."""
+    whole = run(*SHORT, "--method", "disout", "--dist_prob", "0.9", name="whole")
+    config, summary = read_json(whole / "config.json"), read_json(whole / "summary.json")
+    model = CNN()
+    load_weights(whole / "checkpoint.pt", model)
+    train_images, _, mean, std = data.load_parts(config["dataset"], config["data_root"], 20, 20, torch.device("cpu"))
+    top1 = evaluate(model, data.test_batches(train_images, mean, std))["test_top1"]
+    assert summary["learned_top1"] == pytest.approx(top1)
+    assert "learned_top1" not in metrics(whole)[-1]
+
+
+def test_the_size_of_the_noise_in_trained_networks_is_that_of_the_layer(run, tmp_path):
+    folder = run(*SHORT, "--method", "disout", "--alpha", "50", name="disout").parent
+    run(*SHORT, "--method", "none", name="none")
+    noise_size.main([str(folder)])
+    rows = (folder / "noise_size.csv").read_text().splitlines()
+    assert [row.rsplit(",", 1)[0] for row in rows] == ["run,alpha,layer", *(f"disout,50.0,hidden{i}" for i in (1, 2))]
+    model = CNN(10, make_regularizer("disout", 0.5, 1, 50.0, False)).train()
+    load_weights(folder / "disout/checkpoint.pt", model)
+    x = torch.randn(500, 2048)
+    for row, layer, weight in zip(rows[1:], (model.hidden1, model.hidden2), (model.fc2, model.fc3), strict=True):
+        y = layer(x, weight.weight)
+        kept = (y * (1 - layer.distorted) - x).abs() < 1e-5
+        noise = (y * (1 - layer.distorted))[~kept].std() / x.std()
+        assert float(row.rsplit(",", 1)[1]) == pytest.approx(noise.item(), rel=0.02)
+    with pytest.raises(UsageError, match="no complete run"):
+        noise_size.main([str(tmp_path / "none")])
 
 
 def test_compiled_training_gives_the_same(run, graphs):

@@ -108,6 +108,20 @@ def test_a_run_that_went_on_in_another_precision_is_neither(publish, page):
         assert f"| {label} | {top1}.00 |" in section
 
 
+def test_methods_may_have_learning_rates_of_their_own_and_a_grid_compares_none(publish, page):
+    for seed in (0, 1):
+        for study, holdout in (("study", 0), ("grid", 5000)):
+            small = {"epochs": 2, "holdout": holdout}
+            publish(study, "none", ROWS["none"] | small | {"lr": 0.1, "weight_decay": 1e-3}, seed, (80, 81 + seed))
+            publish(study, "disout", ROWS["disout"] | small | {"lr": 0.2}, seed, (80, 83 + seed))
+            publish(study, "more", ROWS["disout"] | small | {"train_size": 9}, seed, (80, 85 + seed))
+    sections = page()
+    lines = sections["study"].split("Paired")[1].splitlines()
+    pairs = [line.split(" | ")[:3] for line in lines if line.startswith("| ")]
+    assert pairs[1:] == [["| disout, p 0.09, block 6, alpha 5", "none", "+2.00 (+2.00 to +2.00)"]]
+    assert "Paired" not in sections["grid"]
+
+
 @pytest.mark.parametrize(
     "change", [{"epochs": 10}, {"batch_size": 256}, {"alpha": 4.0}, {"holdout": 5000}, {"init": "best.pt"}]
 )

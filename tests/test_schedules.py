@@ -50,4 +50,5 @@ def test_dist_prob_is_linspace(total):
 @pytest.mark.parametrize("final", [0.1, 0.09, 0.07])
 def test_dist_prob_is_largest_in_the_last_step_and_then_what_was_asked_for(final):
     for total in range(2, 3000):
+        assert dist_prob_at(0, total, final, constant=True) == final
         assert dist_prob_at(total - 2, total, final) <= dist_prob_at(total - 1, total, final) == final
