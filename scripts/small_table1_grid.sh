@@ -19,4 +19,6 @@ none-lr0.02-wd5e-4 --method none --lr 0.02 --weight_decay 5e-4
 none-lr0.005-wd2e-3 --method none --lr 0.005 --weight_decay 2e-3
 none-lr0.01-wd2e-3 --method none --lr 0.01 --weight_decay 2e-3
 none-lr0.02-wd2e-3 --method none --lr 0.02 --weight_decay 2e-3
+dropout-p0.3-lr0.04 --method dropout --dist_prob 0.3 --lr 0.04 --weight_decay 5e-4
+dropout-p0.3-constant-lr0.02 --method dropout --dist_prob 0.3 --constant_prob --lr 0.02 --weight_decay 5e-4
 ROWS
