@@ -9,6 +9,7 @@ deviation, and the paired differences to the same seeds of the baselines, with a
 benchmark.py in FOLDER/benchmark/*.json are a table of their own.
 """
 
+import csv
 import json
 import math
 import re
@@ -45,10 +46,15 @@ CONDITIONS = ("runs", "epochs", "minutes a run", "precision", "device")
 
 class PaperTable(NamedTuple):
     script: str  # that runs its rows
-    columns: dict[str, str]  # of metrics.csv, and what they are called
-    rows: dict[str, tuple[str, list[str]]]  # row -> label, the paper's figures
+    columns: dict[str, str]  # of paper.csv, in metrics.csv with test_ before, and what they are called
     against: tuple[str, ...] = ("none", "dropblock", "disout_elementwise")  # what the rows below them are compared to
     note: str = ""
+
+    def rows(self) -> dict[str, tuple[str, list[str]]]:
+        """Row -> label and the paper's figures."""
+        with (ROOT / "scripts/paper.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["script"] == self.script]
+        return {row["row"]: (row["label"], [row[column] for column in self.columns]) for row in rows}
 
 
 ON_TABLE_1 = (
@@ -61,66 +67,17 @@ ON_TABLE_1 = (
     "is RDdrop, with {} %; no row here runs it."
 )
 
-# The paper's Table 3 takes all but none and Disout from the DropBlock paper, where a run is 270 epochs.
+# The figures, row by row with where each is from, are in paper.csv.
 PAPER = {
     "Table 1, CIFAR-10 (plain CNN, fully connected layers)": PaperTable(
-        "table1_cifar10.sh",
-        {"test_top1": "accuracy"},
-        {
-            "none": ("no regularizer (a third party's rerun: 85.66)", ["81.99"]),
-            "dropout": ("Dropout", ["unknown to us"]),
-            "disout-alpha0": ("Feature Map Distortion, alpha 0", ["not in it"]),
-            "disout": ("Feature Map Distortion (a third party's rerun: 87.53)", ["85.24"]),
-        },
-        ("none", "dropout", "disout-alpha0"),
-        ON_TABLE_1.format("83.11"),
+        "table1_cifar10", {"top1": "accuracy"}, ("none", "dropout", "disout-alpha0"), ON_TABLE_1.format("83.11")
     ),
     "Table 1, CIFAR-100 (plain CNN, fully connected layers)": PaperTable(
-        "table1_cifar100.sh",
-        {"test_top1": "accuracy"},
-        {
-            "none": ("no regularizer (a third party's rerun: 58.91)", ["49.72"]),
-            "dropout": ("Dropout", ["unknown to us"]),
-            "disout-alpha0": ("Feature Map Distortion, alpha 0", ["not in it"]),
-            "disout": ("Feature Map Distortion (a third party's rerun: 63.44)", ["56.23"]),
-        },
-        ("none", "dropout", "disout-alpha0"),
-        ON_TABLE_1.format("54.65"),
+        "table1_cifar100", {"top1": "accuracy"}, ("none", "dropout", "disout-alpha0"), ON_TABLE_1.format("54.65")
     ),
-    "Table 2, CIFAR-10 (ResNet-56)": PaperTable(
-        "table2_cifar10.sh",
-        {"test_top1": "accuracy"},
-        {
-            "none": ("no regularizer", ["93.95 ± 0.09"]),
-            "dropblock": ("DropBlock", ["94.18 ± 0.14"]),
-            "disout": ("Block Feature Map Distortion", ["94.50 ± 0.15"]),
-        },
-    ),
-    "Table 2, CIFAR-100 (ResNet-56)": PaperTable(
-        "table2_cifar100.sh",
-        {"test_top1": "accuracy"},
-        {
-            "none": ("no regularizer", ["71.81 ± 0.21"]),
-            "dropblock": ("DropBlock", ["73.08 ± 0.23"]),
-            "disout": ("Block Feature Map Distortion", ["73.71 ± 0.20"]),
-        },
-    ),
-    "Table 3, ImageNet (ResNet-50)": PaperTable(
-        "table3_imagenet.sh",
-        {"test_top1": "top-1", "test_top5": "top-5"},
-        {
-            "none": ("no regularizer", ["76.51 ± 0.07", "93.20 ± 0.05"]),
-            "dropout": ("Dropout", ["76.80 ± 0.04", "93.41 ± 0.04"]),
-            "drop_path": ("DropPath", ["77.10 ± 0.08", "93.50 ± 0.05"]),
-            "spatial_dropout": ("SpatialDropout", ["77.41 ± 0.04", "93.74 ± 0.02"]),
-            "cutout": ("Cutout", ["76.52 ± 0.07", "93.21 ± 0.04"]),
-            "autoaugment": ("AutoAugment", ["77.63", "93.82"]),
-            "label_smoothing": ("Label Smoothing", ["77.17 ± 0.05", "93.45 ± 0.03"]),
-            "dropblock": ("DropBlock", ["78.13 ± 0.05", "94.02 ± 0.02"]),
-            "disout_elementwise": ("Feature Map Distortion", ["77.71 ± 0.05", "93.89 ± 0.04"]),
-            "disout": ("Block Feature Map Distortion", ["78.76 ± 0.05", "94.33 ± 0.03"]),
-        },
-    ),
+    "Table 2, CIFAR-10 (ResNet-56)": PaperTable("table2_cifar10", {"top1": "accuracy"}),
+    "Table 2, CIFAR-100 (ResNet-56)": PaperTable("table2_cifar100", {"top1": "accuracy"}),
+    "Table 3, ImageNet (ResNet-50)": PaperTable("table3_imagenet", {"top1": "top-1", "top5": "top-5"}),
 }
 
 
@@ -132,7 +89,7 @@ def main() -> None:
     runs = read_runs(folder)
     if not runs:
         sys.exit(f"make_tables.py: no complete run in {folder}/STUDY/NAME or {folder}/NAME")
-    published = {title: published_settings(table.script) for title, table in PAPER.items()}
+    published = {title: published_settings(f"{table.script}.sh") for title, table in PAPER.items()}
     on_recipe = [settings for rows in published.values() for _, settings in rows.values()]
 
     sections = [
@@ -178,8 +135,9 @@ def main() -> None:
 def paper_table(title: str, published: dict[str, tuple[str, dict[str, object]]], runs: list[Run]) -> list[str]:
     """The paper's figures and ours, and our paired differences; `published` has each row's command and settings. A
     line's command is that of its first run, as precision and place may differ from the script's."""
-    script, columns, rows, against, note = PAPER[title]
-    intro = f"## {title}\n\n{note}{' ' if note else ''}`bash scripts/{script}` runs every row with every seed."
+    script, columns, against, note = PAPER[title]
+    rows = PAPER[title].rows()
+    intro = f"## {title}\n\n{note}{' ' if note else ''}`bash scripts/{script}.sh` runs every row with every seed."
     members = {row: [run for run in runs if not differing(run, published[row][1])] for row in rows}
     if not any(members.values()):
         return [intro, not_run(columns, rows, published)]
@@ -190,7 +148,7 @@ def paper_table(title: str, published: dict[str, tuple[str, dict[str, object]]],
             there = {one: one_a_seed([run for run in runs if kind_of(run) == kind]) for one, runs in members.items()}
             cells = [name]
             for column, figure in zip(columns, of_paper, strict=True):
-                cells += [figure, spread(there[row], Run.best, column), spread(there[row], Run.last, column)]
+                cells += [figure, *(spread(there[row], measure, f"test_{column}") for measure in (Run.best, Run.last))]
             command = there[row][0].config["command"] if there[row] else published[row][0]
             command = re.sub(r" --resume\b| --(seed|output|name) ('[^']*'|\S+)", "", command)
             lines.append([*cells, *conditions(there[row]), f"`{command}`"])
