@@ -5,20 +5,18 @@
 # Usage: [SEEDS=100] [JOBS=1] [DRY_RUN=1] bash scripts/small_table1_grid.sh [FLAG of train.py...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"
-small="train.py --model cnn --amp --train_size 5000 --holdout 5000 --epochs 20 --batch_size 64"
+small="train.py --model cnn --amp --train_size 5000 --holdout 5000 --batch_size 64"
 SEEDS=${SEEDS:-100} run_rows results/small_table1_grid "$small" "$@" <<'ROWS'
-dropout-p0.5-lr0.01 --method dropout --dist_prob 0.5 --lr 0.01 --weight_decay 5e-4
-none-lr0.01-wd5e-4 --method none --lr 0.01 --weight_decay 5e-4
-dropout-p0.3-lr0.01 --method dropout --dist_prob 0.3 --lr 0.01 --weight_decay 5e-4
-dropout-p0.15-lr0.01 --method dropout --dist_prob 0.15 --lr 0.01 --weight_decay 5e-4
-dropout-p0.5-lr0.02 --method dropout --dist_prob 0.5 --lr 0.02 --weight_decay 5e-4
-dropout-p0.3-lr0.02 --method dropout --dist_prob 0.3 --lr 0.02 --weight_decay 5e-4
-dropout-p0.15-lr0.02 --method dropout --dist_prob 0.15 --lr 0.02 --weight_decay 5e-4
-none-lr0.005-wd5e-4 --method none --lr 0.005 --weight_decay 5e-4
 none-lr0.02-wd5e-4 --method none --lr 0.02 --weight_decay 5e-4
-none-lr0.005-wd2e-3 --method none --lr 0.005 --weight_decay 2e-3
-none-lr0.01-wd2e-3 --method none --lr 0.01 --weight_decay 2e-3
-none-lr0.02-wd2e-3 --method none --lr 0.02 --weight_decay 2e-3
+none-lr0.04-wd5e-4 --method none --lr 0.04 --weight_decay 5e-4
+dropout-p0.3-lr0.02 --method dropout --dist_prob 0.3 --lr 0.02 --weight_decay 5e-4
 dropout-p0.3-lr0.04 --method dropout --dist_prob 0.3 --lr 0.04 --weight_decay 5e-4
-dropout-p0.3-constant-lr0.02 --method dropout --dist_prob 0.3 --constant_prob --lr 0.02 --weight_decay 5e-4
+dropout-p0.15-lr0.02 --method dropout --dist_prob 0.15 --lr 0.02 --weight_decay 5e-4
+dropout-p0.5-lr0.02 --method dropout --dist_prob 0.5 --lr 0.02 --weight_decay 5e-4
+dropout-p0.15-lr0.04 --method dropout --dist_prob 0.15 --lr 0.04 --weight_decay 5e-4
+dropout-p0.5-lr0.04 --method dropout --dist_prob 0.5 --lr 0.04 --weight_decay 5e-4
+none-lr0.02-wd2e-3 --method none --lr 0.02 --weight_decay 2e-3
+none-lr0.04-wd2e-3 --method none --lr 0.04 --weight_decay 2e-3
+none-lr0.01-wd5e-4 --method none --lr 0.01 --weight_decay 5e-4
+none-lr0.01-wd2e-3 --method none --lr 0.01 --weight_decay 2e-3
 ROWS
