@@ -59,8 +59,7 @@ class PaperTable(NamedTuple):
 
 ON_TABLE_1 = (
     "The authors' code has neither the network nor the settings of this table: all but the network's layers is our "
-    "choice. Six epochs are what two cores can do; the rate, which grows from 0 for dropout too, is the best of three "
-    "for both methods on held-out images of CIFAR-10, the lowest tried, one seed. We could not read the table itself; "
+    "choice. We could not read the table itself; "
     "the paper's figures are a third party's transcription, without the deviations. A third party's rerun "
     "(jiahy0825/Disout) is one run each, best epoch, with augmentation and a constant rate; its `dist_prob` is the "
     "share that is kept, 0.6, and its noise 1/12.8 of ours at the same alpha. The strongest other method of the paper "

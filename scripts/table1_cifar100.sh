@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Table 1, CIFAR-100: the plain CNN, every row and seed, into results/table1_cifar100. The authors published neither code nor
-# settings of it, so all are our choice: six epochs, what two cores can do; the rates by table1_grid.sh, on held-out images of CIFAR-10.
+# settings of it, so all are our choice; the rates by small_table1_grid.sh, on held-out images.
 # They grow from 0, for dropout too. Alpha is the authors' for convolutions; with 0 the next weight has no say. In bfloat16:
 # leave --amp out on a CPU without its instructions. Usage: [SEEDS="0 1 2"] [JOBS=1] [DRY_RUN=1] bash
 # scripts/table1_cifar100.sh [FLAG of train.py...]

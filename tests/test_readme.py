@@ -85,12 +85,7 @@ def test_sentences_that_no_table_has_are_the_logs():
     assert f"right on {trained} % of the images that it trains on and on {tested} % of the test set" in text
     trained, tested = of_none("photographs_study", ".1f")
     assert f"right on {trained} % of its training images and {tested} % of the test set" in text
-    trained, tested = of_none("small_table1", ".0f")
-    assert f"right on {trained} % of its training images and {tested} % of the test set" in text
-    trained, tested = of_none("table1_cifar10", ".1f")
-    assert f"right on {trained} % of its training images and {tested} % of the test set" in text
-    assert f"right on {of_none('table1_cifar100', '.1f')[0]} % of its training images, so" in text
-    for study in ("small_study", "photographs_study", "table1_cifar10"):
+    for study in ("small_study", "photographs_study"):
         hours = sum(row["seconds"] for run in runs if run.study == study for row in run.rows) / 3600
         assert f"{study}.sh`, {'40 runs, ' if study == 'small_study' else ''}{hours:.1f} hours in all" in text
 
