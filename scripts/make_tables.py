@@ -104,9 +104,9 @@ def main() -> None:
     for study in sorted({run.study for run in runs}):
         members = [run for run in runs if run.study == study]
         sections.append(f"## {'Runs without a study' if study == '.' else study}")
-        has_script = (ROOT / "scripts" / f"{study}.sh").exists()
-        if has_script:
-            sections.append(f"Run by `bash scripts/{study}.sh`.")
+        scripts = [ROOT / folder / f"{study}.sh" for folder in ("scripts", "scripts/studies")]
+        has_script = any(script.exists() for script in scripts)
+        sections += [f"Run by `bash {script.relative_to(ROOT)}`." for script in scripts if script.exists()]
         others = [run for run in members if all(differing(run, settings) for settings in on_recipe)]
         if others:
             sections += study_tables(grouped(others), has_script)
@@ -116,7 +116,10 @@ def main() -> None:
             sections.append(f"![accuracy over epochs]({study}/accuracy.png)")
         if (folder / study / "complexity.csv").exists():
             picture = f"![accuracy, gap and complexity over rate and alpha]({study}/complexity.png)"
-            sections += [f"`python scripts/complexity.py` measured [complexity.csv]({study}/complexity.csv):", picture]
+            sections += [
+                f"`python scripts/studies/complexity.py` measured [complexity.csv]({study}/complexity.csv):",
+                picture,
+            ]
     for title, rows in published.items():
         sections += paper_table(title, rows, runs)
     benchmarks: dict[tuple, list[dict]] = {}

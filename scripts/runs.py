@@ -18,12 +18,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
-import train_imagenet  # noqa: E402
-from models.resnet_cifar import ResNet  # noqa: E402
-from utils import data  # noqa: E402
-from utils.checkpoint import PLACES, load_weights  # noqa: E402
-from utils.flags import UsageError  # noqa: E402
+import train
+import train_imagenet
+from models.resnet_cifar import ResNet
+from utils import data
+from utils.checkpoint import PLACES, load_weights
+from utils.flags import UsageError
 
 SAME = {"seed", "processes", "accumulate_steps", "deterministic", *PLACES}  # may differ between a setting's runs
 TUNED = {"lr", "weight_decay"}  # which each method of a study may have as its own

@@ -17,7 +17,7 @@ from utils.checkpoint import load_weights
 from utils.engine import evaluate
 from utils.flags import UsageError
 
-sys.path.insert(0, str(Path(train.__file__).parent / "scripts"))
+sys.path.insert(0, str(Path(train.__file__).parent / "scripts/studies"))
 import noise_size
 
 SHORT = ("--model", "cnn", "--train_size", "20", "--holdout", "20", "--batch_size", "10", "--epochs", "2")

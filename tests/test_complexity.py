@@ -9,7 +9,7 @@ from torch import nn
 
 import train
 
-sys.path.insert(0, str(Path(train.__file__).parent / "scripts"))
+sys.path.insert(0, str(Path(train.__file__).parent / "scripts/studies"))
 import complexity
 import draw_distortion
 
@@ -79,7 +79,7 @@ def test_of_runs_it_writes_a_row_each_and_the_picture(run):
     ],
 )
 def test_without_a_run_it_says_so(main, argv, says, tmp_path):
-    published = Path(complexity.__file__).parent.parent / "results/published"
+    published = Path(complexity.__file__).parents[2] / "results/published"
     with pytest.raises(UsageError, match=says):
         main([argument.format(tmp=tmp_path, published=published) for argument in argv])
 

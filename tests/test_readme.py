@@ -16,7 +16,7 @@ from disout import NO_READER_STRENGTH
 ROOT = Path(train.__file__).parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from runs import Run, difference, grouped, read_runs  # noqa: E402
+from runs import Run, difference, grouped, read_runs
 
 PAGES = [ROOT / page for page in ("README.md", "results/README.md", "examples/README.md", "tests/README.md")]
 README, RESULTS, *_ = (page.read_text() for page in PAGES)

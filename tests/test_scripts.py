@@ -10,17 +10,14 @@ import train
 import train_imagenet
 
 ROOT = Path(train.__file__).parent
+STUDIES = {"small_grid": 20, "small_study": 7, "small_table1": 5, "small_table1_grid": 12, "photographs_study": 3}
 SCRIPTS = {
     "table1_cifar10": 4,
     "table1_cifar100": 4,
     "table2_cifar10": 3,
     "table2_cifar100": 3,
     "table3_imagenet": 10,
-    "small_grid": 20,
-    "small_study": 7,
-    "small_table1": 5,
-    "small_table1_grid": 12,
-    "photographs_study": 3,
+    **{f"studies/{study}": rows for study, rows in STUDIES.items()},
 }
 
 
@@ -46,7 +43,7 @@ def test_dry_run_prints_a_command_a_row_and_seed_under_its_own_name(script, coun
     assert all(name.endswith(f"-s{flag_of(command, '--seed')}") for name, command in zip(names, commands, strict=True))
     of_first = [command for command in commands if flag_of(command, "--seed") == "0"]
     assert len({str({**parsed(command), "name": ""}) for command in of_first}) == len(of_first) == count
-    if script != "small_study":  # whose main rows come first; else the first seed of all rows before the second
+    if script != "studies/small_study":  # whose main rows come first; else the first seed of all rows before the second
         assert commands[:count] == of_first
 
 
@@ -78,7 +75,7 @@ def test_every_command_of_table1_does_a_step_without_augmentation(command, tmp_p
 
 
 def test_the_grid_of_table1_has_six_trials_for_every_method():
-    rows = [parsed(command) for command in printed("small_table1_grid")]
+    rows = [parsed(command) for command in printed("studies/small_table1_grid")]
     assert all((row["holdout"], row["train_size"], row["seed"], row["epochs"]) == (5000, 5000, 100, 30) for row in rows)
     for method in ("none", "dropout"):
         of_method = [row for row in rows if row["method"] == method and not row["constant_prob"]]
@@ -104,7 +101,7 @@ def test_every_command_of_table3_does_a_step(command, tmp_path, photographs_fold
 def test_a_script_runs_all_its_rows_from_any_folder(tmp_path):
     """small_study.sh has three sets of rows; python and setup.sh are replaced by what notes where and what ran."""
     for name, content in {
-        "scripts/small_study.sh": (ROOT / "scripts/small_study.sh").read_text(),
+        "scripts/studies/small_study.sh": (ROOT / "scripts/studies/small_study.sh").read_text(),
         "scripts/rows.sh": (ROOT / "scripts/rows.sh").read_text(),
         "scripts/setup.sh": "",
         ".venv/bin/python": '#!/bin/sh\necho "$PWD $*" >> "$NOTES"\n',
@@ -114,9 +111,9 @@ def test_a_script_runs_all_its_rows_from_any_folder(tmp_path):
         path.write_text(content)
         path.chmod(0o755)
     environment = os.environ | {"SEEDS": "0", "NOTES": str(tmp_path / "notes")}
-    subprocess.run(["bash", "repository/scripts/small_study.sh"], cwd=tmp_path, env=environment, check=True)
+    subprocess.run(["bash", "repository/scripts/studies/small_study.sh"], cwd=tmp_path, env=environment, check=True)
     ran = (tmp_path / "notes").read_text().splitlines()
-    assert len(ran) == SCRIPTS["small_study"]
+    assert len(ran) == STUDIES["small_study"]
     assert all(line.startswith(f"{tmp_path}/repository train.py") for line in ran)
 
 

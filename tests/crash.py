@@ -1,6 +1,6 @@
 """Kills trainings with SIGKILL, resumes them, and compares what they end with to a training that was never stopped.
 
-usage: python scripts/crash_test.py [--script train.py | train_imagenet.py] [--times N]
+usage: python tests/crash.py [--script train.py | train_imagenet.py] [--times N]
 
 Tiny trainings: digits with ResNet-8, or two gloo processes on generated photographs with ResNet-50. Each of the `times`
 (default 20, or 5 of the two processes) is killed at random moments and in the middle of writing each of its files, and
@@ -28,9 +28,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
-import train_imagenet  # noqa: E402
-from utils.flags import Parser, number  # noqa: E402
+import train
+import train_imagenet
+from utils.flags import Parser, number
 
 FILES = ("best.pt", "checkpoint.pt", "metrics.csv", "summary.json")
 AT_RANDOM = "at random"
@@ -57,7 +57,7 @@ def main() -> None:
 
         begin = time.monotonic()
         if not finished(start(script, [*flags, "--name", "whole"], processes, folder)):
-            sys.exit(f"crash_test.py: the training fails:\n{(folder / 'output.txt').read_text()}")
+            sys.exit(f"crash.py: the training fails:\n{(folder / 'output.txt').read_text()}")
         seconds = time.monotonic() - begin
         print(f"{args.script}, never killed: {seconds:.1f} s", flush=True)
 
@@ -94,7 +94,7 @@ def train_and_kill(
             for child in children:
                 os.kill(child, signal.SIGKILL)
         if not finished(children) and not moment:
-            sys.exit(f"crash_test.py: {run.name} cannot go on:\n{(run.parent / 'output.txt').read_text()}")
+            sys.exit(f"crash.py: {run.name} cannot go on:\n{(run.parent / 'output.txt').read_text()}")
     return kills
 
 

@@ -10,8 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-import runs  # noqa: F401  puts the repository on the path
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from disout import strength
 from models.cnn import CNN

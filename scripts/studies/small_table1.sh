@@ -4,9 +4,9 @@
 # seeds for all. The learning rate is that of small_table1_grid.sh; the rate grows to 0.5 for all, which is usual for dropout,
 # and not tuned for any. Disout with alpha 0 (zeros, as dropout), with the authors' 5, whose noise is small here, and with 50
 # (see results/README.md). Into results/small_table1. Usage: [SEEDS="0 1 2"] [JOBS=1] [DRY_RUN=1] bash
-# scripts/small_table1.sh [FLAG of train.py...]
+# scripts/studies/small_table1.sh [FLAG of train.py...]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../rows.sh"
 small="train.py --dataset cifar10 --model cnn --train_size 4000 --epochs 8 --batch_size 64 --lr 0.005"
 run_rows results/small_table1 "$small" "$@" <<'ROWS'
 none --method none

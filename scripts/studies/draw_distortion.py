@@ -10,8 +10,11 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from runs import load_trained
 from torch import nn
+
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]  # scripts, and the repository
+
+from runs import load_trained
 
 from disout import Disout
 from utils.data import test_batches

@@ -2,9 +2,9 @@
 # Where small_table1.sh gets its settings from: the same training, evaluated on 5,000 training images that are neither trained
 # nor tested on, six trials for each method. Without regularizer three learning rates and two weight decays; dropout three
 # rates and two learning rates. Seed 100, which the study does not use. Into results/small_table1_grid.
-# Usage: [SEEDS=100] [JOBS=1] [DRY_RUN=1] bash scripts/small_table1_grid.sh [FLAG of train.py...]
+# Usage: [SEEDS=100] [JOBS=1] [DRY_RUN=1] bash scripts/studies/small_table1_grid.sh [FLAG of train.py...]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../rows.sh"
 small="train.py --model cnn --amp --train_size 5000 --holdout 5000 --batch_size 64"
 SEEDS=${SEEDS:-100} run_rows results/small_table1_grid "$small" "$@" <<'ROWS'
 none-lr0.02-wd5e-4 --method none --lr 0.02 --weight_decay 5e-4

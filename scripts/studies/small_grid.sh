@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Where small_study.sh gets its settings from: the same training, evaluated on 5,000 training images that are neither trained
 # nor tested on; nine settings of Disout (rate, alpha) and nine of DropBlock (rate, block), one seed that the study does not
-# use. Into results/small_grid. Usage: [SEEDS=100] [JOBS=1] [DRY_RUN=1] bash scripts/small_grid.sh [FLAG of train.py...]
+# use. Into results/small_grid. Usage: [SEEDS=100] [JOBS=1] [DRY_RUN=1] bash scripts/studies/small_grid.sh [FLAG of train.py...]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../rows.sh"
 SEEDS=${SEEDS:-100}
 rows="none --method none
 none-augmented --method none --augment standard"
