@@ -28,7 +28,7 @@ from utils.checkpoint import Checkpoints, Progress, has_checkpoint, load_weights
 from utils.engine import Schedule, evaluate, train_epoch
 from utils.failures import run_script
 from utils.files import lock_folder
-from utils.flags import Parser, add_shared_flags, check_folder, number, resnet_depth, run_settings
+from utils.flags import Parser, UsageError, add_shared_flags, check_folder, launch, number, resnet_depth, run_settings
 from utils.interruptions import Interruptions
 from utils.record import Recorder
 from utils.schedules import CIFAR_DECAY, dist_prob_at, lr_at, step_sizes
@@ -82,6 +82,8 @@ def check_cnn(args: argparse.Namespace, parser: Parser) -> None:
 
 def main(argv: list[str]) -> None:
     args, settings, defaults = parse_arguments(argv)
+    if launch()[1] > 1:
+        raise UsageError("train.py is for one process: start it with python, not torchrun")
     folder = check_folder(args, settings, defaults)
     set_up(args.threads, args.deterministic)
     if args.resume and not args.evaluate and (folder / "summary.json").exists():

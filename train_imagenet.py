@@ -10,7 +10,6 @@ batch does not fit its memory, --accumulate_steps takes it in parts. What it is 
 """
 
 import argparse
-import os
 import sys
 import time
 from functools import partial
@@ -27,7 +26,7 @@ from utils.checkpoint import Checkpoints, Progress, has_checkpoint, load_weights
 from utils.engine import Schedule, evaluate, train_epoch
 from utils.failures import run_script
 from utils.files import lock_folder
-from utils.flags import Parser, UsageError, add_shared_flags, check_folder, number, run_settings
+from utils.flags import Parser, UsageError, add_shared_flags, check_folder, launch, number, run_settings
 from utils.interruptions import Interruptions
 from utils.processes import join, leave, processes, share_buffers
 from utils.record import Recorder
@@ -50,7 +49,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     parser.set_defaults(epochs=540, batch_size=1024, lr=0.4, weight_decay=1e-4, warmup_epochs=0)
     args = parser.parse_args(argv)
     args.dataset, args.depth = Path(args.data).absolute().name, 50
-    args.processes = int(os.environ.get("WORLD_SIZE", 1))  # batch norm and Disout see a process's share of a batch
+    args.processes = launch()[1]  # batch norm and Disout see a process's share of a batch
     if args.batch_size < 2 * args.processes * args.accumulate_steps:
         parser.error("--batch_size: batch norm needs two images in each process and each of --accumulate_steps")
     return args, *run_settings(args, parser)

@@ -16,6 +16,7 @@ import train_imagenet
 from models.resnet_cifar import ResNet
 from utils import engine, photographs
 from utils.failures import run_script
+from utils.processes import LAUNCHED
 
 MAIN = {"train.py": train.main, "train_imagenet.py": train_imagenet.main}
 BOTH = tuple(MAIN)
@@ -258,7 +259,8 @@ def test_fewer_photographs_than_the_parts_of_a_batch_need(fails):
 def test_more_processes_than_gpus_are_counted(fails, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    for name, value in zip(LAUNCHED, ("2", "2", "4", "29500", "localhost"), strict=True):
+        monkeypatch.setenv(name, value)
     assert "more processes than the 2 GPUs" in fails("train_imagenet.py", (), 2)
 
 

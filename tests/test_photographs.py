@@ -1,10 +1,11 @@
 import shutil
+import struct
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, features
 from torchvision.transforms import v2
 
 from utils import photographs
@@ -26,6 +27,37 @@ def broken_folder(photographs_folder, tmp_path):
     content = (folder / "train/red/06.jpg").read_bytes()
     (folder / "train/red/06.jpg").write_bytes(content[: len(content) // 2])
     return folder
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_broken_avif_is_an_image_that_cannot_be_read(photographs_folder, load, tmp_path):
+    """Under the name that it has in a folder of JPEGs; its decoder raises RuntimeError, not OSError."""
+    folder = shutil.copytree(photographs_folder, tmp_path / "broken")
+    path = folder / "train/red/06.jpg"
+    Image.open(path).save(tmp_path / "whole.avif")
+    content = (tmp_path / "whole.avif").read_bytes()
+    path.write_bytes(content[:96] + b"\xff" * 8 + content[104:])
+    with pytest.raises(RuntimeError), Image.open(path) as image:
+        image.load()
+    broken = next(index for index, (name, _) in enumerate(load()[0].samples) if name.endswith("red/06.jpg"))
+    with pytest.raises(ImageError, match=r"red/06.jpg cannot be read \(.+\); --resume --skip_corrupt"):
+        load(folder=folder)[0][0, broken]
+    assert load(folder=folder, skip_corrupt=True)[0][0, broken][1] == photographs.SKIPPED
+
+
+@pytest.mark.parametrize("error", [RuntimeError("two\nlines"), EOFError(), KeyError("tag"), struct.error("unpack")])
+def test_whatever_a_decoder_raises_is_one_line_but_not_what_we_raise(load, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    train, _ = load()
+    with monkeypatch.context() as patch, pytest.raises(ImageError) as caught:
+        patch.setattr(ImageFile.ImageFile, "load", fail)
+        train[0, 0]
+    assert "\n" not in str(caught.value) and (str(error).split()[:1] or ["EOFError"])[0] in str(caught.value)
+    monkeypatch.setattr(train, "transform", fail)
+    with pytest.raises(type(error)):
+        train[0, 0]
 
 
 def epoch_of(photographs_set, sizes, workers=0, epoch=0, accumulate_steps=1, rank=0, world=1):

@@ -11,14 +11,18 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+import train
+import train_imagenet
 from disout import Disout
 from models.resnet_cifar import ResNet
 from utils import photographs
 from utils.engine import Schedule, evaluate, train_epoch
+from utils.failures import run_script
 from utils.interruptions import Interruptions, Stopped
-from utils.processes import join, largest, leave
+from utils.processes import LAUNCHED, join, largest, leave
 
 IMAGES, BATCH = 11, 7  # steps of 7 and 4 images: of the first, one process has 4, the other 3
 
@@ -53,6 +57,12 @@ def trained(model, batches, sizes, layers=(), first_step=0, **how):
     return scores, [parameter.grad.numpy() for parameter in model.parameters()]
 
 
+def counted(reductions, bucket):
+    """A hook of DistributedDataParallel that averages as it does without, and counts."""
+    reductions.append(bucket.index())
+    return allreduce_hook(None, bucket)
+
+
 def work(rank, world, port, results, first_has_saved):
     """All that this process has to show."""
     torch.set_num_threads(1)
@@ -69,6 +79,13 @@ def work(rank, world, port, results, first_has_saved):
     batches = [(images[part], labels[part]) for part in found["indices"]]
     parallel = DistributedDataParallel(model) if world > 1 else model
     found["trained"], found["gradient"] = trained(parallel, batches[:1], [BATCH])
+
+    if world > 1:  # the same batch in two parts
+        halves = zip(*(of_batch.tensor_split(2) for of_batch in batches[0]), strict=True)
+        reductions = []
+        parallel.register_comm_hook(reductions, counted)
+        _, found["gradient of parts"] = trained(parallel, halves, [BATCH], accumulate_steps=2)
+        found["reductions"] = len(reductions)
 
     layer = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), Disout(0.5))
     outputs = []
@@ -154,6 +171,14 @@ def test_the_averaged_gradient_of_uneven_shards_is_that_of_one_process(found):
         assert result["trained"]["train_loss"] == pytest.approx(one["trained"]["train_loss"], rel=1e-6)
 
 
+def test_the_parts_of_a_batch_are_reduced_once_to_the_same_gradient(found):
+    one, *two = found
+    for result in two:
+        assert result["reductions"] == 1
+        for ours, theirs in zip(result["gradient of parts"], one["gradient"], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_disout_draws_differently_in_each_and_the_same_again(found):
     draws = [result["draws"] for result in found[1:]]
     assert all(first == again for first, again in draws)
@@ -171,3 +196,44 @@ def test_a_loss_that_is_bad_in_one_stops_both(found):
 
 def test_largest_is_of_all(found):
     assert [result["largest"] for result in found] == [[0, 10], [1, 10], [1, 10]]
+
+
+@pytest.mark.parametrize(
+    ("environment", "world"),
+    [
+        ({"WORLD_SIZE": "4"}, 1),  # as a scheduler leaves it
+        ({"WORLD_SIZE": "abc"}, 1),
+        ({"LOCAL_RANK": "1"}, 1),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_PORT": "29500"}, 1),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_PORT": "29500", "MASTER_ADDR": "localhost"}, 4),
+    ],
+)
+def test_several_processes_are_those_of_a_launcher_that_says_all(monkeypatch, environment, world):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args, settings, _ = train_imagenet.parse_arguments([])
+    assert args.processes == settings["processes"] == world
+    if world == 1:
+        assert join(torch.device("cpu")) == torch.device("cpu") and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "abc"), ("RANK", "4"), ("LOCAL_RANK", "-1"), ("MASTER_PORT", "x")]
+)
+@pytest.mark.parametrize("script", [train, train_imagenet])
+def test_what_a_launcher_cannot_have_said_is_one_line(monkeypatch, capsys, name, value, script):
+    environment = dict(zip(LAUNCHED, ("0", "0", "2", "29500", "localhost"), strict=True))
+    for each in environment:
+        monkeypatch.setenv(each, (environment | {name: value})[each])
+    with pytest.raises(SystemExit) as stop:
+        run_script("a script", script.main, [])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and name in message
+
+
+def test_train_is_for_one_process(monkeypatch, refused):
+    for name, value in zip(LAUNCHED, ("1", "1", "2", "29500", "localhost"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert "train.py is for one process" in refused()

@@ -2,14 +2,16 @@
 layers have a rate, `dist_prob`, and say what share they `distorted`."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from utils.photographs import ImageError
+from utils.files import ImageError
 from utils.processes import gathered, largest, processes, summed
 from utils.schedules import dist_prob_at, seed_for
 
@@ -94,11 +96,14 @@ def train_epoch(
         torch.manual_seed(seed_for("step", seed, step, rank))
 
         optimizer.zero_grad()
-        for images, labels in islice(batches, accumulate_steps):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
-            (loss * (world / size)).backward()  # processes average their gradients
+        for part, (images, labels) in enumerate(islice(batches, accumulate_steps), 1):
+            # Processes average their gradients, once a step: with its last part.
+            alone = isinstance(model, DistributedDataParallel) and part < accumulate_steps
+            with model.no_sync() if alone else nullcontext():
+                with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+                    logits = model(images)
+                loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+                (loss * (world / size)).backward()
             totals = totals + batch_sums(logits.detach(), labels, ks=(1,))
             bad_step = bad_step.where(loss.detach().isfinite(), bad_step.clamp(max=step))
         optimizer.step()

@@ -10,6 +10,10 @@ from typing import TextIO
 LOCK = ".lock"
 
 
+class ImageError(Exception):
+    """An image that cannot be read."""
+
+
 class InUse(Exception):
     """Another process writes to the folder."""
 

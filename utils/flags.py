@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -13,6 +12,7 @@ import torch
 from models.regularizers import METHODS
 from utils.checkpoint import CheckpointError, changed_settings, has_checkpoint
 from utils.files import LOCK
+from utils.processes import launched
 
 
 class UsageError(Exception):
@@ -116,11 +116,19 @@ def add_shared_flags(parser: Parser) -> None:
     parser.add_argument("--evaluate", metavar="FILE", help="only evaluate a checkpoint or a state dict (best.pt)")
 
 
+def launch() -> tuple[int, int]:
+    """As utils.processes.launched; what is wrong with it, the user can mend."""
+    try:
+        return launched()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
 def run_settings(args: argparse.Namespace, parser: Parser) -> tuple[dict[str, object], dict[str, object]]:
     """Fills in the defaults that depend on other flags (`dataset` and `depth` are there already). Returns what
     config.json holds, every flag that says what the run is, and where; and the defaults of these flags."""
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, _ = launch()
     if args.device.type == "cuda" and local_rank >= torch.cuda.device_count():
         raise UsageError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here")
     network = f"resnet{args.depth}" if args.depth else "cnn"

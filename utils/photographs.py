@@ -20,6 +20,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import v2
 
+from utils.files import ImageError
 from utils.schedules import seed_for
 
 MEAN = (0.485, 0.456, 0.406)
@@ -30,8 +31,8 @@ SKIPPED = -100  # label of an image that could not be read: no loss and no accur
 AUGMENTS = ("none", "standard", "cutout", "autoaugment")
 
 
-class ImageError(Exception):
-    """An image that cannot be read."""
+class WorkerDied(Exception):
+    """One of the loader's workers ended in the middle of its work."""
 
 
 class VisibleFolder(ImageFolder):
@@ -72,11 +73,8 @@ class Photographs(Dataset):
         epoch, index = key
         path, label = self.samples[index]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, of EXIF that is broken, which nothing reads
-                with Image.open(path) as file:
-                    image = to_rgb(file)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = to_rgb(decoded(path))
+        except ImageError as error:
             if not self.skip_corrupt:
                 raise ImageError(
                     f"{path} cannot be read ({error}); --resume --skip_corrupt goes on without it"
@@ -87,19 +85,31 @@ class Photographs(Dataset):
             return self.transform(image), label
 
 
+def decoded(path: str) -> Image.Image:
+    """Raises ImageError, in one line, whatever the decoder raises: on broken bytes Pillow's raise RuntimeError (AVIF),
+    SyntaxError (PNG), EOFError and struct.error, too."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of EXIF that is broken, which nothing reads
+            with Image.open(path) as image:
+                image.load()
+                return image
+    except Exception as error:
+        raise ImageError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Grey, palette and CMYK images too. Of 16-bit grey the higher 8 bits, as Pillow itself takes of 16-bit colour.
 
     Raises:
-        ValueError: its greys have no known scale.
+        ImageError: its greys have no known scale.
     """
-    image.load()
     if image.mode.startswith("I"):  # I;16 and its kin; I, 32 bits, is what older Pillows make of a 16-bit PNG
         grey = np.asarray(image)
         if grey.min() >= 0 and grey.max() < 2**16:
             return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError(f"its greys have no known scale, as it is of mode {image.mode}: save it with 8 or 16 bits")
+        raise ImageError(f"its greys have no known scale, as it is of mode {image.mode}: save it with 8 or 16 bits")
     return image.convert("RGB")
 
 
@@ -188,8 +198,9 @@ def make_loader(photographs: Photographs, keys: EpochSampler | list, workers: in
 
 
 def outlive_signals(_worker: int) -> None:
-    """A worker ends with its process, once that has saved. A terminal and torchrun signal whole process groups, a
-    scheduler all processes: the first signal is left to the worker's process, the second ends the worker."""
+    """A worker ends with its process, once that has saved (utils.processes.end_workers). A terminal and torchrun signal
+    whole process groups, a scheduler all processes: the first signal is left to the worker's process, the second ends
+    the worker."""
     os.setpgrp()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, let_pass)
@@ -201,8 +212,21 @@ def let_pass(_number: int, _frame: FrameType | None) -> None:
 
 
 def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches, normalised there: float32 (B, 3, H, W) in channels_last memory format, int64 (B,)."""
+    """The loader's batches, normalised there: float32 (B, 3, H, W) in channels_last memory format, int64 (B,).
+
+    Raises:
+        ImageError: an image cannot be read.
+        WorkerDied: a worker ended while it handed over a batch. Elsewhere the loader raises RuntimeError, wherever its
+            process just is: see run_script.
+    """
     mean, std = (255 * torch.tensor(values)[:, None, None].to(device, non_blocking=True) for values in (MEAN, STD))
-    for images, labels in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            images, labels = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            raise WorkerDied from error
         images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         yield (images.float() - mean) / std, labels.to(device, non_blocking=True)

@@ -1,22 +1,58 @@
-"""One process, or the several that torchrun starts."""
+"""One process, or the several that torchrun starts; and the workers of each."""
 
+import multiprocessing
 import os
+import signal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+# What a launcher gives each process, all of it: schedulers leave some of these behind in an environment.
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+
+
+def launched() -> tuple[int, int]:
+    """This process's rank among those of its machine, and how many processes there are in all; (0, 1) unless a
+    launcher such as torchrun has started several.
+
+    Raises:
+        ValueError: naming the variable of the environment that makes no sense.
+    """
+    if not all(os.environ.get(name) for name in LAUNCHED):
+        return 0, 1
+    found = {name: os.environ[name] for name in LAUNCHED[:-1]}
+    for name, value in found.items():
+        if not value.isdecimal():
+            raise ValueError(f"{name} in the environment must be a whole number, not {value!r}")
+    rank, local_rank, world, _ = map(int, found.values())
+    if not max(rank, local_rank) < world:
+        raise ValueError(f"RANK ({rank}) and LOCAL_RANK ({local_rank}) must be below WORLD_SIZE ({world})")
+    return local_rank, world
+
 
 def join(device: torch.device) -> torch.device:
     """Joins the processes that torchrun started, if it did; returns this process's device. What they say to each other
     goes through nccl between GPUs, else through gloo."""
-    if "LOCAL_RANK" not in os.environ:
+    local_rank, world = launched()
+    if world == 1:
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def end_workers() -> None:
+    """Ends what is left of the loaders' workers, whatever ended their process. Left to themselves they would stay: at
+    exit, multiprocessing sends each one SIGTERM, which they outlive, and waits for them."""
+    if workers := multiprocessing.active_children():
+        of_loader = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # raises when a worker ends
+        for worker in workers:
+            worker.kill()
+            worker.join()
+        signal.signal(signal.SIGCHLD, of_loader or signal.SIG_DFL)
 
 
 def processes() -> tuple[int, int]:
