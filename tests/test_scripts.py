@@ -10,7 +10,7 @@ import train
 import train_imagenet
 
 ROOT = Path(train.__file__).parent
-STUDIES = {"small_grid": 20, "small_study": 7, "small_table1": 5, "small_table1_grid": 12, "photographs_study": 3}
+STUDIES = {"small_grid": 20, "small_study": 7, "small_table1": 5, "small_table1_grid": 20, "photographs_study": 3}
 SCRIPTS = {
     "table1_cifar10": 4,
     "table1_cifar100": 4,
@@ -77,7 +77,7 @@ def test_every_command_of_table1_does_a_step_without_augmentation(command, tmp_p
 def test_the_grid_of_table1_has_six_trials_for_every_method():
     rows = [parsed(command) for command in printed("studies/small_table1_grid")]
     assert all((row["holdout"], row["train_size"], row["seed"], row["epochs"]) == (5000, 5000, 100, 30) for row in rows)
-    for method in ("none", "dropout"):
+    for method in ("none", "dropout", "disout"):
         of_method = [row for row in rows if row["method"] == method and not row["constant_prob"]]
         assert len(of_method) >= 6
 
