@@ -23,6 +23,8 @@ from disout import Disout
 from disout_graph import CONVOLUTIONS, LAYERS, RECURRENT
 from disout_readers import Parts, Piece
 
+# Networks are trained with these frozen, by eval(): neither their mode nor that of what is in them says anything.
+BATCH_NORMS = (nn.modules.batchnorm._NormBase,)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, Disout)
 
 
@@ -31,13 +33,18 @@ class Hook:
     copy's weights.
 
     `readers` are the layers that read its map, and `pieces` which part of it each reads: None for one that the user
-    named.
+    named. `parent` is the module that holds a batch norm, None for all others.
     """
 
-    def __init__(self, layer: Disout, readers: list[Any], pieces: list[Piece | None], names: str) -> None:
-        self.layer, self.readers, self.pieces, self.names = layer, readers, pieces, names
+    def __init__(
+        self, layer: Disout, readers: list[Any], pieces: list[Piece | None], names: str, parent: nn.Module | None
+    ) -> None:
+        self.layer, self.readers, self.pieces, self.names, self.parent = layer, readers, pieces, names, parent
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        # The layer itself stays in training where the module that hosts it has been exchanged for another.
+        if not (self.parent or module).training:
+            return output
         if isinstance(module, RECURRENT):
             return (self.distorted(output[0]), *output[1:])
         return self.distorted(output)
@@ -97,19 +104,31 @@ class Handle:
         layers: the Disout layers under the names of the modules that they follow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.layers: dict[str, Disout] = {}
+        self._model = model
         self._readers: dict[str, str] = {}
-        self._places: list[tuple[Any, nn.Module, str]] = []
+        self._places: list[tuple[Hook, nn.Module, str]] = []
 
     def set_dist_prob(self, dist_prob: float) -> None:
+        """Raises RuntimeError where modules were exchanged for others without their hooks, so that nothing distorts."""
+        there = {id(hook) for module in self._model.modules() for hook in module._forward_hooks.values()}
+        gone = [name for name, (hook, *_) in zip(self.layers, self._places, strict=True) if id(hook) not in there]
+        if gone:
+            raise RuntimeError(
+                f"the hooks of {', '.join(gone)} are gone, as these modules were exchanged: remove(), and attach again"
+            )
         for layer in self.layers.values():
             layer.dist_prob = dist_prob
 
     def remove(self) -> None:
         """The network is as it was. A second time it does nothing."""
-        for hook, host, name in self._places:
-            hook.remove()
+        hooks = [hook for hook, *_ in self._places]
+        for module in self._model.modules():  # not only where they were put: some exchanges take them along
+            for key, hook in list(module._forward_hooks.items()):
+                if any(hook is ours for ours in hooks):
+                    del module._forward_hooks[key]
+        for _, host, name in self._places:
             delattr(host, name)
         self._places.clear()
         self.layers.clear()
@@ -138,7 +157,9 @@ def attach(
 
     Args:
         model: any network, as it will be trained: before it is compiled or wrapped for several processes, and after a
-            layer of it is exchanged. Forward hooks distort, which torch.fx drops and torch.jit.script refuses.
+            layer of it is exchanged. It distorts where the Disout layer and the module that it follows are in training;
+            for a batch norm, which is often frozen, the module that holds it counts in its place. Forward hooks
+            distort, which torch.fx drops and torch.jit.script refuses.
         where: names of modules, or globs such as "layer[34].*.conv?". Each must be called once in a forward, and
             return a map (N, C, ...), or (N, ..., C) as linear and recurrent layers do.
         dist_prob, block_size, alpha: of each Disout.
@@ -170,7 +191,7 @@ def attach(
     parts = Parts(model, names)
     found = parts.first_readers([name for name in names if name not in given])
 
-    handle = Handle()
+    handle = Handle(model)
     try:
         for name in names:
             if isinstance(modules[name], RECURRENT) and not modules[name].batch_first and block_size > 1:
@@ -183,11 +204,14 @@ def attach(
             reader = str(found.get(name) or given[name] or "no reader")
             layer = Disout(dist_prob, block_size, alpha, features_last=last).train(model.training)
             layer.to(device_of(modules[name]) or device_of(model))
-            host = host_of(modules[name], model)
+            parent = modules[name.rpartition(".")[0]]
+            batch_norm = isinstance(modules[name], BATCH_NORMS)
+            host = host_of(modules[name], parent, model)
             attribute = next(free for free in map("disout{}".format, count()) if not hasattr(host, free))
             host.add_module(attribute, layer)
-            hook = Hook(layer, layers, pieces, f"{name} -> {reader}")
-            handle._places.append((modules[name].register_forward_hook(hook), host, attribute))
+            hook = Hook(layer, layers, pieces, f"{name} -> {reader}", parent if batch_norm else None)
+            modules[name].register_forward_hook(hook)
+            handle._places.append((hook, host, attribute))
             handle.layers[name] = layer
             handle._readers[name] = reader
     except ValueError:
@@ -227,10 +251,12 @@ def is_features_last(name: str, module: nn.Module, parts: Parts) -> bool:
     raise ValueError(f"{name}: say features_last=False if it returns (N, C, ...), or True if (N, ..., C)")
 
 
-def host_of(module: nn.Module, model: nn.Module) -> nn.Module:
+def host_of(module: nn.Module, parent: nn.Module, model: nn.Module) -> nn.Module:
     """Where a layer can be a submodule without being called: networks and containers may call all that is in them, but
     a layer of torch.nn has nothing in it to call."""
-    for inner in [*module.modules(), *model.modules()]:
+    for inner in [*module.modules(), *parent.modules(), *model.modules()]:
+        if isinstance(inner, BATCH_NORMS):
+            continue
         inside = [child for child in inner.children() if not isinstance(child, Disout)]
         if type(inner).__module__.startswith("torch.nn.modules.") and not inside and not isinstance(inner, CONTAINERS):
             return inner

@@ -6,11 +6,12 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.ao import quantization
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint_sequential
 
 from disout import strength
-from disout_attach import attach
+from disout_attach import Hook, attach
 from models.cnn import CNN
 from models.regularizers import make_regularizer, regularizer_layers
 from models.resnet_cifar import ResNet
@@ -223,6 +224,75 @@ def test_evaluation_and_removal_leave_the_network_as_it_was(network, x):
     assert torch.equal(drawn(network, x), before)
     handle.remove()
     assert len(list(network.children())) == 7
+
+
+def test_a_layer_left_behind_in_an_exchanged_module_does_not_distort_in_evaluation():
+    model = models.resnet18(num_classes=4).train()
+    handle = attach(model, "layer4.1", 0.5, 3, 5.0)
+    model.layer4[1].conv1 = nn.Conv2d(512, 512, 3, padding=1, bias=False)  # which hosted it
+    x = torch.randn(2, 3, 64, 64)
+    model(x)
+    assert handle.layers["layer4.1"].training and handle.layers["layer4.1"].distorted > 0
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    handle.set_dist_prob(0.3)
+    handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, that it moves to torchao
+def test_quantization_aware_training_takes_the_hooks_along(network, x):
+    network.train().qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    handle = attach(network, ["0", "3"], 0.5, 3, 5.0)
+    quantization.prepare_qat(network, inplace=True)
+    network(x).sum().backward()
+    assert all(layer.distorted > 0 for layer in handle.layers.values())
+    handle.set_dist_prob(0.3)
+    for layer in handle.layers.values():
+        layer.distorted.zero_()
+    network.eval()(x)  # in which the observers move on, so two outputs differ
+    assert not any(layer.distorted for layer in handle.layers.values())
+    handle.remove()
+    left = [hook for module in network.modules() for hook in module._forward_hooks.values()]
+    assert not any(isinstance(hook, Hook) for hook in left)
+
+
+def test_layers_can_be_switched_off_on_their_own(network, x):
+    handle = attach(network.train(), ["0", "3"], 0.5, 3, 5.0)
+    for layer in handle.layers.values():
+        layer.eval()
+    before = drawn(network, x)
+    handle.remove()
+    assert torch.equal(drawn(network, x), before)
+
+
+def test_a_frozen_batch_norm_is_distorted_as_its_parent_trains():
+    """Its own mode says nothing, nor does it host any layer, not that of a block that begins with one either."""
+    model = models.densenet121(num_classes=4).train()
+    names = ["features.denseblock4.denselayer1.norm2", "features.denseblock4.denselayer2", "features.norm5"]
+    handle = attach(model, names, 0.5, 3, 5.0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    x = torch.randn(2, 3, 64, 64)
+    model(x)
+    assert all(layer.distorted > 0 for layer in handle.layers.values())
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_hooks_that_are_gone_are_said(network, x):
+    handle = attach(network, ["0", "1"], 0.5, 3)
+    network[1] = nn.SyncBatchNorm.convert_sync_batchnorm(network[1])
+    with pytest.raises(RuntimeError, match=r"hooks of 1 are gone.*attach again"):
+        handle.set_dist_prob(0.3)
+    handle.remove()
+    with attach(network, ["0", "1"], 0.5, 3) as handle:
+        handle.set_dist_prob(0.3)
+    copied, its_handle = copy.deepcopy((network, attach(network, ["0", "1"], 0.5, 3)))
+    its_handle.set_dist_prob(0.1)
+    copied[0] = nn.Conv2d(3, 8, 3, padding=1)
+    with pytest.raises(RuntimeError, match="hooks of 0 are gone"):
+        its_handle.set_dist_prob(0.1)
 
 
 def test_the_rate_of_all_layers_is_set_at_once(network):
