@@ -1,12 +1,22 @@
 """torch.hub.load(REPO, NAME, source="local"), where NAME is a function of this file."""
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import torch
 
-from models.cnn import CNN
-from models.regularizers import make_regularizer
-from models.resnet_cifar import ResNet
+ROOT = Path(__file__).resolve().parent
+
+# Under a name of its own, as whoever loads this may have a package `models` as well.
+MODELS = importlib.util.spec_from_file_location(
+    "disout_models", ROOT / "models/__init__.py", submodule_search_locations=[str(ROOT / "models")]
+)
+sys.modules["disout_models"] = importlib.util.module_from_spec(MODELS)
+
+from disout_models.cnn import CNN
+from disout_models.regularizers import make_regularizer
+from disout_models.resnet_cifar import ResNet
 
 dependencies = ["torch", "torchvision"]
 
@@ -26,7 +36,7 @@ def resnet56_disout(
     """
     model = ResNet(56, num_classes, make_regularizer("disout", dist_prob, block_size, alpha, inside=False))
     if pretrained:
-        path = Path(__file__).parent / f"results/published/weights/cifar{num_classes}-resnet56-disout.pt"
+        path = ROOT / f"results/published/weights/cifar{num_classes}-resnet56-disout.pt"
         if not path.exists():
             raise FileNotFoundError(f"there are no published weights for {num_classes} classes: {path}")
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -8,7 +8,7 @@ no entry to the state dict.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.regularizers import Regularizer
+from .regularizers import Regularizer
 
 WIDTH = 2048
 

@@ -8,7 +8,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.regularizers import Regularizer
+from .regularizers import Regularizer
 
 
 class ResNet(nn.Module):

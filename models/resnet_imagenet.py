@@ -6,7 +6,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.regularizers import Regularizer
+from .regularizers import Regularizer
 
 BLOCKS = (3, 4, 6, 3)
 SCALES = (None, None, 0.25, 1.0)  # of the rate in each group; nothing acts in the first two

@@ -43,3 +43,16 @@ def test_the_hub_gives_the_networks(tmp_path, monkeypatch):
     assert [(layer.dist_prob, layer.block_size, layer.alpha) for layer in (cnn.hidden1, cnn.hidden2)] == [
         (0.3, 1, 2)
     ] * 2
+
+
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_the_hub_and_packages_of_the_users_own_with_the_same_names(tmp_path, first):
+    for package in ("models", "utils"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(f"NAME = 'their {package}'\n")
+    (tmp_path / "models/cnn.py").write_text("NAME = 'their cnn'\n")
+    ours = f"import torch; model = torch.hub.load({str(ROOT)!r}, 'cnn_disout', source='local')"
+    theirs = "import models.cnn, utils; names = (models.cnn.NAME, utils.NAME)"
+    lines = [theirs, ours] if first == "theirs" else [ours, theirs]
+    check = "assert names == ('their cnn', 'their utils'); assert model.hidden1.alpha"
+    subprocess.run([sys.executable, "-c", "\n".join([*lines, check])], cwd=tmp_path, check=True)
