@@ -30,7 +30,7 @@ from utils.failures import run_script
 from utils.files import lock_folder
 from utils.flags import Parser, UsageError, add_shared_flags, check_folder, launch, number, resnet_depth, run_settings
 from utils.interruptions import Interruptions
-from utils.record import Recorder
+from utils.record import Recorder, say_complete
 from utils.schedules import CIFAR_DECAY, dist_prob_at, lr_at, step_sizes
 from utils.speed import set_up
 
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     folder = check_folder(args, settings, defaults)
     set_up(args.threads, args.deterministic)
     if args.resume and not args.evaluate and (folder / "summary.json").exists():
-        print(f"{folder} is complete:\n{(folder / 'summary.json').read_text()}", end="")
+        say_complete(folder)
         return
 
     # Data, on the device as a whole

@@ -29,9 +29,11 @@ from utils.files import lock_folder
 from utils.flags import Parser, UsageError, add_shared_flags, check_folder, launch, number, run_settings
 from utils.interruptions import Interruptions
 from utils.processes import join, leave, processes, share_buffers
-from utils.record import Recorder
+from utils.record import Recorder, say_complete
 from utils.schedules import IMAGENET_DECAY, dist_prob_at, lr_at, step_sizes
 from utils.speed import set_up
+
+LARGEST_BATCH = 64  # GB, of images alone: what a network makes of them takes many times as much
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, object], dict[str, object]]:
@@ -39,7 +41,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", default="data/imagenet", help="folder of train/CLASS and val/CLASS (default: data/imagenet)")
-    add("--workers", type=number(int, 0), default=8, help="that decode, of each process (default: 8)")
+    add("--workers", type=number(int, 0, 1024), default=8, help="that decode, of each process (default: 8)")
     add("--image_size", type=number(int, 32), default=224, help="side of the images, at least 32 (default: 224)")
     add("--augment", choices=photographs.AUGMENTS, default="standard", help="standard (default): crop and flip")
     add("--accumulate_steps", type=number(int, 1), default=1, help="parts of a process's share of a batch (default: 1)")
@@ -52,6 +54,13 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     args.processes = launch()[1]  # batch norm and Disout see a process's share of a batch
     if args.batch_size < 2 * args.processes * args.accumulate_steps:
         parser.error("--batch_size: batch norm needs two images in each process and each of --accumulate_steps")
+    images = -(-args.batch_size // (args.processes * args.accumulate_steps))
+    if (size := 4 * 3 * args.image_size**2 * images / 1e9) > LARGEST_BATCH:
+        parser.error(
+            f"--image_size: {images} images of {args.image_size} x {args.image_size}, a process's part of a batch, are "
+            f"{size:,.0f} GB, and {LARGEST_BATCH} are the most: a smaller --image_size or --batch_size, or more "
+            "--accumulate_steps"
+        )
     return args, *run_settings(args, parser)
 
 
@@ -63,7 +72,7 @@ def main(argv: list[str]) -> None:
     set_up(args.threads, args.deterministic)
     if args.resume and not args.evaluate and (folder / "summary.json").exists():
         if rank == 0:
-            print(f"{folder} is complete:\n{(folder / 'summary.json').read_text()}", end="")
+            say_complete(folder)
         leave()
         return
 

@@ -285,8 +285,11 @@ def draw_study(path: Path, title: str, groups: list[list[Run]]) -> None:
         axes.set(xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
-    figure.suptitle(f"{title}: mean over seeds, and from the lowest to the highest")
+    lines = accuracy.get_legend_handles_labels()
+    legend = figure.legend(*lines, loc="outside lower center", ncols=2, fontsize="small")
+    title = figure.suptitle(f"{title}: mean over seeds, and from the lowest to the highest")
+    for text in (title, *legend.get_texts()):
+        text.set_parse_math(False)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=100)
 

@@ -3,6 +3,8 @@ same and exit code 1. Nothing is half-written, nor lost."""
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,19 @@ TYPED = [
     (BOTH, ("--seed", "-1"), ()),
     (BOTH, ("--seed", str(2**64)), ("at most",)),
     (BOTH, ("--threads", "0"), ("at least 1",)),
+    (BOTH, ("--threads", "99999999999"), ("at most 1024",)),
+    *(
+        (BOTH, (flag, "9" * 30), ("at most",))
+        for flag in ("--epochs", "--batch_size", "--block_size", "--warmup_epochs")
+    ),
+    (BOTH, ("--epochs", "9" * 5000), ("at least 1",)),
+    (("train.py",), ("--train_size", "9" * 30), ("at most",)),
+    (("train.py",), ("--depth", "9" * 5000), ("6n + 2",)),
+    (("train.py",), ("--depth", "9" * 29 + "8"), ("6n + 2",)),
+    (("train_imagenet.py",), ("--workers", "99999999999"), ("at most 1024",)),
+    (("train_imagenet.py",), ("--accumulate_steps", "9" * 30), ("at most",)),
+    (("train_imagenet.py",), ("--image_size", "1000000"), ("384,000 GB", "--batch_size")),
+    (("train_imagenet.py",), ("--batch_size", "999999999"), ("GB", "--image_size")),
     (BOTH, ("--save_minutes", "0"), ("above 0",)),
     (BOTH, ("--method", "dropuot"), ("--method", "dropuot", "disout")),
     (BOTH, ("--device", "cuda:99"), ()),
@@ -276,3 +291,42 @@ def test_an_output_folder_that_cannot_be_written_to_is_named(fails, monkeypatch,
     message = fails(script, (), 1)
     assert os.strerror(number) in message and "run/config.json" in message
     assert [path.name for path in (tmp_path / "results/run").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"text"', "null", "{"])
+def test_a_config_that_holds_no_settings_is_named(fails, tmp_path, content):
+    folder = tmp_path / "results/run"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(content)
+    message = fails("train.py", ("--resume",), 1)
+    assert "run/config.json cannot be read" in message and "remove it" in message
+
+
+FORKED = """
+import sys
+sys.modules["fcntl"] = None  # as on Windows
+import runpy
+script, *argv = sys.argv[1:]
+sys.argv = [script, *argv]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", BOTH)
+def test_without_fcntl_both_scripts_train_and_lock_their_folder(script, tmp_path, photographs_folder):
+    flags = {
+        "train.py": ["--dataset", "digits", "--depth", "8", "--train_size", "64"],
+        "train_imagenet.py": ["--data", photographs_folder, "--image_size", "32", "--batch_size", "21"],
+    }[script]
+    path = Path(train.__file__).parent / script
+    more = ["--epochs", "1", "--workers", "0"] if script == "train_imagenet.py" else ["--epochs", "1"]
+    command = [sys.executable, "-c", FORKED, path, *flags, *more, "--output", tmp_path, "--name", "run"]
+    assert subprocess.run([*command, "--help"], capture_output=True).returncode == 0
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").touch()  # where there is no lock of the system, the file is the lock
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and "another process is training" in refused.stderr
+    (tmp_path / "run/.lock").unlink()
+    trained = subprocess.run(command, capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stderr
+    assert (tmp_path / "run/summary.json").exists()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import metrics, read_json, same, stop_at, without_times
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from utils import record
@@ -72,7 +73,48 @@ def test_resumed_equals_uninterrupted(run, monkeypatch, capsys, function, call, 
     assert without_times(metrics(stopped)) == without_times(metrics(whole))
     for name in ("checkpoint.pt", "best.pt"):
         assert same(*(torch.load(folder / name, weights_only=True) for folder in (stopped, whole)))
-    assert len(list(stopped.glob("events.out.tfevents.*"))) == 1
+    assert all([step for step, _ in points] == [1, 2, 3] for points in shown(stopped).values())
+
+
+def shown(folder):
+    """What TensorBoard shows of a run: tag -> steps and wall times."""
+    events = EventAccumulator(str(folder), purge_orphaned_data=True).Reload()
+    return {tag: [(point.step, point.wall_time) for point in events.Scalars(tag)] for tag in record.TAGS.values()}
+
+
+def test_a_resumed_run_keeps_the_times_of_its_epochs_and_the_files_that_a_tensorboard_reads(run, monkeypatch):
+    stop_at(monkeypatch, "train.evaluate", 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(*SHORT)
+    folder = run("--train_size", "8", "--epochs", "1", name="other").parent / "run"
+    before, files = shown(folder), set(folder.glob("events.out.tfevents.*"))
+    run(*SHORT, "--resume")
+    after = shown(folder)
+    assert files < set(folder.glob("events.out.tfevents.*"))
+    for tag, points in after.items():
+        assert points[:2] == before[tag] and [step for step, _ in points] == [1, 2, 3]
+
+
+def test_a_run_that_goes_back_to_the_checkpoint_before_shows_each_epoch_once(run, monkeypatch):
+    stop_at(monkeypatch, "train.evaluate", 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(*SHORT)
+    folder = run("--train_size", "8", "--epochs", "1", name="other").parent / "run"
+    (folder / "checkpoint.pt").write_bytes(b"")
+    run(*SHORT, "--resume")
+    assert all([step for step, _ in points] == [1, 2, 3] for points in shown(folder).values())
+
+
+def test_a_name_is_no_mathematics_and_a_missing_picture_is_drawn_later(run, monkeypatch, capsys):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(record, "draw_curve", fail)
+        run(*SHORT, name="a$^$b")
+    folder = run(*SHORT, "--resume", name="a$^$b")
+    assert "is complete" in capsys.readouterr().out
+    assert (folder / "summary.json").exists() and (folder / "curve.png").stat().st_size > 10_000
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(run):

@@ -4,7 +4,6 @@ No workers and no PIL in the loop: a batch is shuffled, cropped, flipped, rotate
 the device. Order and augmentation are a function of (seed, epoch) alone.
 """
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,10 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from filelock import FileLock
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from utils.files import LOCK, fcntl
 from utils.schedules import seed_for
 
 SIZE = 32
@@ -97,6 +98,10 @@ def locked(folder: Path) -> Iterator[None]:
     """Makes the folder. Of several runs that start together one downloads into it and the others wait, where its file
     system has locks."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not fcntl:
+        with FileLock(folder / LOCK):
+            yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):

@@ -30,6 +30,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help shows every flag)\n")
 
 
+LARGEST = 10**9  # of a whole number that has no other bound: what is larger fits no int64 once multiplied
+
+
 def number(
     kind: type,
     at_least: float = -math.inf,
@@ -38,6 +41,7 @@ def number(
     below: float = math.inf,
 ) -> Callable[[str], float]:
     """An argparse type: a finite number of `kind` within the bounds."""
+    at_most = min(at_most, LARGEST) if kind is int and at_most == math.inf else at_most
     bounds = [
         f"{word} {bound:g}"
         for word, bound in (("at least", at_least), ("at most", at_most), ("above", above), ("below", below))
@@ -59,9 +63,10 @@ def number(
 
 def resnet_depth(text: str) -> int:
     """An argparse type: 6n + 2."""
-    if not text.isdecimal() or int(text) < 8 or int(text) % 6 != 2:
-        raise argparse.ArgumentTypeError(f"must be 6n + 2 (8, 14, 20, ..., 56, ...), not {text!r}")
-    return int(text)
+    depth = int(text) if text.isdecimal() and len(text) < 5 else 0
+    if depth < 8 or depth % 6 != 2:
+        raise argparse.ArgumentTypeError(f"must be 6n + 2 (8, 14, 20, ..., 56, ..., 9998), not {text!r}")
+    return depth
 
 
 def folder_name(text: str) -> str:
@@ -104,7 +109,7 @@ def add_shared_flags(parser: Parser) -> None:
     add("--warmup_epochs", number(int, 0), "epochs over which the learning rate grows linearly")
     add("--seed", number(int, 0, 2**63 - 1), "of everything that is drawn", 0)
     parser.add_argument("--device", type=usable_device, help="default: cuda where there is one, else cpu")
-    add("--threads", number(int, 1), "of operations on the CPU; for several runs side by side")
+    add("--threads", number(int, 1, 1024), "of operations on the CPU; for several runs side by side")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast; weights, loss, optimizer stay float32")
     parser.add_argument("--deterministic", action="store_true", help="the same bits again on a GPU too; slower there")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
@@ -173,6 +178,9 @@ def started_with(folder: Path, settings: dict[str, object]) -> dict[str, object]
     """The settings in the folder's config.json; `settings` where there is none."""
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else settings
+        found = json.loads(path.read_text()) if path.exists() else settings
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not the settings")
+        return found
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read ({error}): remove it, and --resume writes it again") from None

@@ -201,7 +201,8 @@ def outlive_signals(_worker: int) -> None:
     """A worker ends with its process, once that has saved (utils.processes.end_workers). A terminal and torchrun signal
     whole process groups, a scheduler all processes: the first signal is left to the worker's process, the second ends
     the worker."""
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, let_pass)
 

@@ -48,11 +48,13 @@ def end_workers() -> None:
     """Ends what is left of the loaders' workers, whatever ended their process. Left to themselves they would stay: at
     exit, multiprocessing sends each one SIGTERM, which they outlive, and waits for them."""
     if workers := multiprocessing.active_children():
-        of_loader = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # raises when a worker ends
+        if hasattr(signal, "SIGCHLD"):  # the loader's handler raises when a worker ends
+            of_loader = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in workers:
             worker.kill()
             worker.join()
-        signal.signal(signal.SIGCHLD, of_loader or signal.SIG_DFL)
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, of_loader or signal.SIG_DFL)
 
 
 def processes() -> tuple[int, int]:

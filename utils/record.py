@@ -1,18 +1,19 @@
 """What a run writes into its folder. All of it but config.json and best.pt follows from the rows, one an epoch, that
-the checkpoint holds, so it is written again when a run goes on."""
+the checkpoint holds, so what is missing is written when a run goes on."""
 
 import csv
 import json
 import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -86,10 +87,9 @@ class Recorder:
         print(epoch_line(rows[-1], self.settings["epochs"], self.evaluated_on), flush=True)
 
     def finish(self, rows: Sequence[dict[str, float]], model: nn.Module, learned_top1: float | None = None) -> None:
-        """curve.png and summary.json, whose presence means that the run is complete. `learned_top1` is the accuracy of
+        """summary.json, whose presence means that the run is complete, and curve.png. `learned_top1` is the accuracy of
         the last epoch's weights on the training images, in evaluation, so without distortion and augmentation."""
         self.events.close()
-        draw_curve(self.folder, rows, self.folder.name, self.evaluated_on)
         best = rows[best_epoch(rows) - 1]
         of_run = ("model", "method", "dataset", "depth", "seed", "epochs")
         summary = {name: self.settings[name] for name in of_run if name in self.settings} | {
@@ -110,6 +110,17 @@ class Recorder:
         }
         write_json(self.folder / "summary.json", summary)
         print(f"{self.folder}:\n{json.dumps(summary, indent=1)}")
+        draw_curve(self.folder, rows, self.evaluated_on)
+
+
+def say_complete(folder: Path) -> None:
+    """Prints the summary of a complete run, and draws its curve.png where that is missing."""
+    summary = (folder / "summary.json").read_text()
+    print(f"{folder} is complete:\n{summary}", end="")
+    if not (folder / "curve.png").exists():
+        with (folder / "metrics.csv").open() as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        draw_curve(folder, rows, json.loads(summary)["evaluated_on"])
 
 
 def surroundings(command: list[str], device: torch.device, amp: bool) -> dict[str, object]:
@@ -179,18 +190,25 @@ def write_metrics(folder: Path, rows: Sequence[dict[str, float]]) -> None:
 
 
 def start_events(folder: Path, rows: Sequence[dict[str, float]]) -> SummaryWriter:
-    """A TensorBoard writer, with the rows so far in place of the folder's older event files."""
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
-    writer = SummaryWriter(folder)
+    """A TensorBoard writer that carries on the folder's event files, which an open TensorBoard reads, and which know
+    when each epoch ended. What a kill left out of them is written; what lies beyond the rows counts no more."""
+    written = {
+        (value.tag, event.step)
+        for path in folder.glob("events.out.tfevents.*")
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if event.step <= len(rows)
+    }
+    writer = SummaryWriter(folder, purge_step=len(rows) + 1 if rows else None)
     for row in rows:
-        write_events(writer, row)
+        write_events(writer, row, written)
     return writer
 
 
-def write_events(writer: SummaryWriter, row: dict[str, float]) -> None:
+def write_events(writer: SummaryWriter, row: dict[str, float], written: Set[tuple[str, int]] = frozenset()) -> None:
     for name, tag in TAGS.items():
-        writer.add_scalar(tag, row[name], row["epoch"])
+        if (tag, row["epoch"]) not in written:
+            writer.add_scalar(tag, row[name], row["epoch"])
     writer.flush()
 
 
@@ -199,7 +217,7 @@ def best_epoch(rows: Sequence[dict[str, float]]) -> int:
     return 1 + max(range(len(rows)), key=lambda index: rows[index]["test_top1"])
 
 
-def draw_curve(folder: Path, rows: Sequence[dict[str, float]], title: str, evaluated_on: str) -> None:
+def draw_curve(folder: Path, rows: Sequence[dict[str, float]], evaluated_on: str) -> None:
     """curve.png: accuracy and loss over epochs, training beside evaluation."""
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -211,6 +229,6 @@ def draw_curve(folder: Path, rows: Sequence[dict[str, float]], title: str, evalu
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(title)
+    figure.suptitle(folder.name, parse_math=False)
     with replacing(folder / "curve.png") as partial:
         figure.savefig(partial, format="png", dpi=120)
