@@ -30,6 +30,9 @@ from torch import Tensor, nn
 
 # What takes the place of strength() where no layer reads the map next (authors' code).
 NO_READER_STRENGTH = 0.01
+# Of a rate raised above the one given at construction. Few, as a compiled network is made for one of them, and
+# torch._dynamo gives up after eight.
+BOUNDS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 Rate = TypeVar("Rate", Tensor, float)
 
 
@@ -39,8 +42,9 @@ class Disout(nn.Module):
 
     Args:
         dist_prob: share of the elements to distort, 0 to 1. Settable, so that a schedule can let it grow; give the
-            final one here, as a compiled network compiles anew for a larger one than any before, and set it again after
-            Module.to_empty().
+            final one here, as what is drawn, and what a compiler makes, has room for this one. Above it there is room
+            for the next of 1/32, 1/16, ... 1: up to twice as much is drawn, and a compiled network compiles anew when a
+            rate first passes one of these. Set it again after Module.to_empty().
         block_size: side of a block, at least 1; cut to the map, per side, where the map is smaller.
         alpha: intensity of the distortion, at least 0.
         inside: keep even blocks wholly inside the map. The authors place the block of a seed in row i, for an even
@@ -71,7 +75,7 @@ class Disout(nn.Module):
     distorted: Tensor
     _dist_prob: Tensor
     _prob: float
-    _largest_prob: float
+    _bound: str
 
     def __init__(
         self,
@@ -94,8 +98,11 @@ class Disout(nn.Module):
         # layer can be put into a trained network and taken out again.
         self.register_buffer("_dist_prob", torch.zeros(()), persistent=False)
         self.register_buffer("distorted", torch.zeros(()), persistent=False)
-        self._largest_prob = 0.0  # set so far: bounds the number of seeds
+        # At least the largest rate set so far: bounds the number of seeds. Text, as a compiler would take a number that
+        # changed for a variable, which no shape can depend on.
+        self._bound = "1.0"
         self.dist_prob = dist_prob
+        self._bound = repr(self._prob)
 
     @property
     def dist_prob(self) -> float:
@@ -107,7 +114,8 @@ class Disout(nn.Module):
             raise ValueError(f"dist_prob must be a number from 0 to 1, not {value!r}")
         self._prob = float(value)
         self._dist_prob.fill_(self._prob)
-        self._largest_prob = max(self._largest_prob, self._prob)
+        if self._prob > float(self._bound):
+            self._bound = repr(next(bound for bound in BOUNDS if self._prob <= bound))
 
     def forward(self, x: Tensor, next_weight: Tensor | None = None) -> Tensor:
         """Args:
@@ -133,7 +141,7 @@ class Disout(nn.Module):
         # What is distorted
         rate, valid = seed_rate(self._dist_prob, size, self.block_size)
         places = n * channels * math.prod(valid)
-        most = most_seeds(seed_rate(self._largest_prob, size, self.block_size)[0], places)
+        most = most_seeds(seed_rate(float(self._bound), size, self.block_size)[0], places)
         seeds, no_seed = draw_seeds(rate, places, most)
         elements, channel = block_elements(seeds, maps, self.block_size, self.inside)
         keep = keep_mask(elements, no_seed, maps)
@@ -166,10 +174,12 @@ def seed_rate(dist_prob: Rate, size: Sequence[int], block_size: int) -> tuple[Ra
 
 
 def most_seeds(rate: float, places: int) -> int:
-    """A number of seeds that chance exceeds with a probability below 1e-12 (Bernstein's inequality)."""
+    """A number of seeds that chance exceeds with a probability below 1e-12 (Bernstein's inequality). A symbol where
+    `places` is one, as torch.export has it."""
     mean, log_chance = rate * places, math.log(1e12)
-    above = log_chance / 3 + math.sqrt((log_chance / 3) ** 2 + 2 * log_chance * mean * (1 - rate))
-    return max(1, min(places, math.ceil(mean + above)))
+    above = log_chance / 3 + torch.sym_sqrt((log_chance / 3) ** 2 + 2 * log_chance * mean * (1 - rate))
+    most: int = torch.sym_max(1, torch.sym_min(places, math.ceil(mean + above)))
+    return most
 
 
 def draw_seeds(rate: Tensor, places: int, most: int) -> tuple[Tensor, Tensor]:
@@ -291,7 +301,8 @@ class _Replaced(torch.autograd.Function):
 def deviation(x: Tensor) -> Tensor:
     """std(x), in float32 at least, in one pass, so faster than std() on a CPU. Where the mean is 100 deviations
     large, it is good to 1 %; where it is 10, to 0.01 %."""
-    rows = _in_memory(x.to(torch.promote_types(x.dtype, torch.float32))).view(len(x), -1)  # few terms, for precision
+    features = _in_memory(x.to(torch.promote_types(x.dtype, torch.float32)))
+    rows = features.view(x.shape[0], -1)  # few terms, for precision
     square = torch.linalg.vector_norm(rows, dim=1).square().sum() - rows.sum(1).sum().square() / x.numel()
     return torch.sqrt(square.clamp(min=0) / max(x.numel() - 1, 1))
 
@@ -299,7 +310,9 @@ def deviation(x: Tensor) -> Tensor:
 def _count(keep: Tensor) -> Tensor:
     """The ones of a uint8 map of zeros and ones, int32. Adds words of eight bytes, 64 of them, as a CPU does well."""
     flat = _in_memory(keep)
-    whole = len(flat) // 512 * 512
+    if torch.compiler.is_exporting():  # words would tie the number of elements to the example's
+        return flat.sum(dtype=torch.int32)
+    whole = flat.numel() // 512 * 512
     words = flat[:whole].view(torch.int64).view(64, whole // 512).sum(0)
     return words.view(torch.uint8).sum(dtype=torch.int32) + flat[whole:].sum(dtype=torch.int32)
 

@@ -177,6 +177,15 @@ def test_the_room_for_seeds_follows_the_largest_rate_set():
     assert (y == 0).float().mean().item() == pytest.approx(0.9, abs=0.01)
 
 
+def test_the_room_is_exact_for_the_rate_given_first_and_rounded_up_for_larger_ones(x, monkeypatch):
+    asked, layer = [], Disout(0.09, block_size=1)
+    monkeypatch.setattr(disout, "most_seeds", lambda rate, places: asked.append(rate) or most_seeds(rate, places))
+    for rate in (0.0, 0.09, 0.1, 0.01, 0.126, 1.0):
+        layer.dist_prob = rate
+        layer(x)
+    assert asked == [0.09, 0.09, 1 / 8, 1 / 8, 1 / 4, 1.0]
+
+
 def test_rate_and_blocks_of_a_volume():
     layer = Disout(0.2, block_size=3, alpha=5.0)
     x = torch.randn(200, 20, 4, 6, 5, requires_grad=True)
@@ -448,7 +457,50 @@ def test_compiles_to_one_graph_a_shape_while_the_rate_moves(x, backend):
     assert graphs.frame_count == 2
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+EVER_LARGER = [0, 0.001, 0.02, 0.05, 0.09, 0.1, 0.2, 0.26, 0.5, 0.51, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("rates", "dynamic", "batches", "compilations"),
+    [
+        (EVER_LARGER, None, (16,), 7),
+        ([0.0, 0.0, *EVER_LARGER], None, (16, 5, 9), 8),
+        ([0.09, 0.1, 0.11], True, (16, 5), 2),
+    ],
+)
+def test_a_rate_raised_above_all_before_compiles_few_times(x, rates, dynamic, batches, compilations):
+    """Once more where the first step's batch counted as the only one."""
+    torch._dynamo.reset()
+    weight, graphs = torch.randn(6, 8, 3, 3), CompileCounterWithBackend("aot_eager")
+    layer, reference = Disout(rates[0], 3, 5.0), Disout(rates[0], 3, 5.0)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=graphs)
+    for step, rate in enumerate(rates):
+        layer.dist_prob = reference.dist_prob = rate
+        ours = x[: batches[step % len(batches)]].clone().requires_grad_()
+        theirs = ours.detach().clone().requires_grad_()
+        in_training(ours, compiled, weight).square().sum().backward()
+        in_training(theirs, reference, weight).square().sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        torch.testing.assert_close(layer.distorted, reference.distorted)
+    assert graphs.frame_count == compilations
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+
+
+@needs_compiler
+def test_a_network_compiled_to_machine_code_takes_a_raised_rate(x):
+    torch._dynamo.reset()
+    network = Network()
+    compiled = torch.compile(network)
+    for rate, expected in ((0.3, 0.25), (0.9, 0.6)):  # blocks overlap
+        network.disout.dist_prob = rate
+        compiled(x).sum().backward()
+        assert network.disout.distorted.item() == pytest.approx(expected, abs=0.07)
+    assert network.conv1.weight.grad.isfinite().all()
+
+
+@needs_compiler
 def test_compiled_to_machine_code_it_keeps_and_distorts_what_it_says(x):
     """Not compared bit by bit, as a compiler may change the order of the draws (torch 2.11's does)."""
     torch._dynamo.reset()
@@ -464,6 +516,16 @@ def test_compiled_to_machine_code_it_keeps_and_distorts_what_it_says(x):
     signs = torch.randint(0, 2, (8, 3, 3)) * 2 - 1
     expected = 5 * strength(weight, signs).square().mean().sqrt() * x.std() / kept_share
     assert 0.5 < y[~kept].std() / expected < 2
+
+
+def test_exported_in_training_the_batch_stays_dynamic(x):
+    """As torch.export does it: without torch._dynamo, which is less strict about what makes a constant."""
+    batch = torch.export.Dim("batch", min=2)
+    exported = torch.export.export(Network().train(), (x,), dynamic_shapes=({0: batch},)).module()
+    for n in (2, 16, 9):
+        assert exported(x[:n]).shape == (n, 3)
+    draws = torch.stack([exported(x) for _ in range(2)])
+    assert not torch.equal(*draws)
 
 
 # State
