@@ -295,7 +295,12 @@ class _Replaced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         keep, divisor = ctx.saved_tensors
-        return keep.to(grad.dtype).mul_(grad).div_(divisor), None, None, None, None
+        kept = keep.to(grad.dtype)
+        try:
+            kept.mul_(grad)
+        except RuntimeError:  # many gradients for the one mask, as vmap has them, do not fit into it
+            kept = kept * grad
+        return kept.div_(divisor), None, None, None, None
 
 
 def deviation(x: Tensor) -> Tensor:

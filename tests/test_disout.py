@@ -429,6 +429,25 @@ def test_functional_gradients_are_those_of_backward(x):
         torch.testing.assert_close(gradients[name], weight.grad)
 
 
+def test_many_gradients_at_once_are_those_of_a_loop(x):
+    """Of a batch that torch.autograd.grad takes, of torch.func.jacrev, and with a graph of their own."""
+    network, x = Network(), x.clone().requires_grad_()
+    logits = in_training(x, network)[:2].flatten()
+    one_by_one = torch.stack([torch.autograd.grad(logit, x, retain_graph=True)[0] for logit in logits])
+    for graph in (False, True):
+        rows = torch.eye(len(logits))
+        (batched,) = torch.autograd.grad(logits, x, rows, is_grads_batched=True, retain_graph=True, create_graph=graph)
+        torch.testing.assert_close(batched, one_by_one)
+    torch.manual_seed(0)
+    jacobian = torch.func.jacrev(lambda x: network(x)[:2].flatten())(x.detach())
+    torch.testing.assert_close(jacobian, one_by_one)
+    weights = {name: weight.detach() for name, weight in network.named_parameters()}
+    torch.manual_seed(0)
+    of_weights = torch.func.jacrev(lambda weights: functional_call(network, weights, (x,))[:2].flatten())(weights)
+    (expected,) = torch.autograd.grad(logits[1], network.conv1.weight)
+    torch.testing.assert_close(of_weights["conv1.weight"][1], expected)
+
+
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_vmap_is_refused_in_a_sentence(x, randomness):
     layer = Disout(0.3)
