@@ -313,13 +313,13 @@ def deviation(x: Tensor) -> Tensor:
 
 
 def _count(keep: Tensor) -> Tensor:
-    """The ones of a uint8 map of zeros and ones, int32. Adds words of eight bytes, 64 of them, as a CPU does well."""
+    """The ones of a uint8 map of zeros and ones, int64. Adds words of eight bytes, 64 of them, as a CPU does well."""
     flat = _in_memory(keep)
     if torch.compiler.is_exporting():  # words would tie the number of elements to the example's
-        return flat.sum(dtype=torch.int32)
+        return flat.sum(dtype=torch.int64)
     whole = flat.numel() // 512 * 512
     words = flat[:whole].view(torch.int64).view(64, whole // 512).sum(0)
-    return words.view(torch.uint8).sum(dtype=torch.int32) + flat[whole:].sum(dtype=torch.int32)
+    return words.view(torch.uint8).sum(dtype=torch.int64) + flat[whole:].sum(dtype=torch.int64)
 
 
 def _in_memory(x: Tensor) -> Tensor:

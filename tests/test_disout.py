@@ -402,6 +402,15 @@ def test_nothing_is_float64_as_not_every_device_has_it(x, dtype):
     assert dtype in dtypes.seen and torch.float64 not in dtypes.seen
 
 
+@pytest.mark.parametrize("rest", [0, 3])
+def test_the_kept_are_counted_in_int64_as_a_map_may_have_more_than_int32_holds(rest):
+    """Without memory, by the dtype of every sum; then the numbers."""
+    with Dtypes() as dtypes:
+        count = disout._count(torch.ones(2**32 + rest, dtype=torch.uint8, device="meta"))
+    assert count.dtype == torch.int64 and dtypes.seen == {torch.uint8, torch.int64}
+    assert disout._count((torch.arange(5120 + rest) % 5 > 0).to(torch.uint8)) == 4096 + max(rest - 1, 0)
+
+
 # torch.func
 
 
