@@ -26,7 +26,7 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 # What takes the place of strength() where no layer reads the map next (authors' code).
 NO_READER_STRENGTH = 0.01
@@ -114,53 +114,65 @@ class Disout(nn.Module):
             raise ValueError(f"dist_prob must be a number from 0 to 1, not {value!r}")
         self._prob = float(value)
         self._dist_prob.fill_(self._prob)
-        if self._prob > float(self._bound):
+        if self._prob > float(self._bound) * (1 + 1e-6):  # not for what 0.09 * step / steps rounds to
             self._bound = repr(next(bound for bound in BOUNDS if self._prob <= bound))
 
-    def forward(self, x: Tensor, next_weight: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, next_weight: Tensor | None = None, groups: int | None = None) -> Tensor:
         """Args:
             x: feature map (N, C, H, W), (N, C, L) or (N, C, D, H, W), or features (N, F), which count as maps of one
                 element; with `features_last`, C or F comes last. Any floating-point dtype.
             next_weight: weight of the convolution (out, C/groups, k, k; a transposed one's as .transpose(0, 1)) or
                 linear layer (out, C) that reads `x` next. No gradient. None where nothing reads it: strength 0.01.
+            groups: of the layer that reads, 1 for a linear one; tells a weight that only happens to fit. None: C over
+                the weight's second dimension.
         Returns: tensor of x's shape and dtype; in evaluation x itself.
+        Raises:
+            ValueError: x, or next_weight with these groups, is of no such shape.
+            RuntimeError: under torch.func.vmap in training.
         """
-        if not 2 <= x.dim() <= 5 or not x.is_floating_point():
-            raise ValueError(f"x must be floating-point, of 2 to 5 dimensions, not {x.dtype} {tuple(x.shape)}")
-        if not self.training or x.numel() == 0:
-            return x
-        transformed = torch._C._are_functorch_transforms_active()
-        if transformed and torch.func.debug_unwrap(x, recurse=True).dim() > x.dim():
-            raise RuntimeError("Disout has statistics of a whole batch: not under torch.func.vmap, take a loop instead")
-        maps = x.movedim(-1, 1) if self.features_last else x
-        maps = maps[..., None] if x.dim() == 2 else maps
-        if not maps.movedim(1, -1).is_contiguous():
-            maps = maps.contiguous()
-        n, channels, *size = maps.shape
-
-        # What is distorted
-        rate, valid = seed_rate(self._dist_prob, size, self.block_size)
-        places = n * channels * math.prod(valid)
-        most = most_seeds(seed_rate(float(self._bound), size, self.block_size)[0], places)
-        seeds, no_seed = draw_seeds(rate, places, most)
-        elements, channel = block_elements(seeds, maps, self.block_size, self.inside)
-        keep = keep_mask(elements, no_seed, maps)
-
-        # By what
-        s: Tensor | float = NO_READER_STRENGTH
-        if next_weight is not None:
-            signs = torch.randint(0, 2, (channels, *next_weight.shape[2:]), device=x.device) * 2 - 1
-            s = strength(next_weight, signs).index_select(0, channel)[:, None]
-        noise = torch.randn(elements.shape, device=x.device) if self.alpha else torch.zeros((), device=x.device)
-        y, kept_share = distort(maps, keep, elements, noise, s, self.alpha)
-        if not transformed:  # torch.func allows no change of what is not returned
-            self.distorted.copy_(1 - kept_share)
-        y = y.view(y.shape[: x.dim()])
-        return y.movedim(1, -1) if self.features_last else y
+        return distorted_map(self, x, next_weight, groups)
 
     def extra_repr(self) -> str:
         more = "".join(f", {name}=True" for name in ("inside", "features_last") if getattr(self, name))
         return f"dist_prob={self.dist_prob:g}, block_size={self.block_size}, alpha={self.alpha:g}{more}"
+
+
+# torch.fx does not look into it, so that it can trace a network with this layer, in evaluation or training.
+@fx.wrap
+def distorted_map(layer: Disout, x: Tensor, next_weight: Tensor | None, groups: int | None) -> Tensor:
+    """What `layer` makes of its arguments."""
+    if not 2 <= x.dim() <= 5 or not x.is_floating_point():
+        raise ValueError(f"x must be floating-point, of 2 to 5 dimensions, not {x.dtype} {tuple(x.shape)}")
+    if not layer.training or x.numel() == 0:
+        return x
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed and torch.func.debug_unwrap(x, recurse=True).dim() > x.dim():
+        raise RuntimeError("Disout has statistics of a whole batch: not under torch.func.vmap, take a loop instead")
+    maps = x.movedim(-1, 1) if layer.features_last else x
+    maps = maps[..., None] if x.dim() == 2 else maps
+    if not maps.movedim(1, -1).is_contiguous():
+        maps = maps.contiguous()
+    n, channels, *size = maps.shape
+
+    # What is distorted
+    rate, valid = seed_rate(layer._dist_prob, size, layer.block_size)
+    places = n * channels * math.prod(valid)
+    most = most_seeds(seed_rate(float(layer._bound), size, layer.block_size)[0], places)
+    seeds, no_seed = draw_seeds(rate, places, most)
+    elements, channel = block_elements(seeds, maps, layer.block_size, layer.inside)
+    keep = keep_mask(elements, no_seed, maps)
+
+    # By what
+    s: Tensor | float = NO_READER_STRENGTH
+    if next_weight is not None:
+        signs = torch.randint(0, 2, (channels, *next_weight.shape[2:]), device=x.device) * 2 - 1
+        s = strength(next_weight, signs, groups).index_select(0, channel)[:, None]
+    noise = torch.randn(elements.shape, device=x.device) if layer.alpha else torch.zeros((), device=x.device)
+    y, kept_share = distort(maps, keep, elements, noise, s, layer.alpha)
+    if not transformed:  # torch.func allows no change of what is not returned
+        layer.distorted.copy_(1 - kept_share)
+    y = y.view(y.shape[: x.dim()])
+    return y.movedim(1, -1) if layer.features_last else y
 
 
 def seed_rate(dist_prob: Rate, size: Sequence[int], block_size: int) -> tuple[Rate, list[int]]:
@@ -233,21 +245,26 @@ def keep_mask(elements: Tensor, no_seed: Tensor, x: Tensor) -> Tensor:
     return keep.view(x.shape) if x.is_contiguous() else keep.view(n, *size, channels).movedim(-1, 1)
 
 
-def strength(next_weight: Tensor, signs: Tensor) -> Tensor:
+def strength(next_weight: Tensor, signs: Tensor, groups: int | None = None) -> Tensor:
     """How strongly the next layer reads each channel, with a random sign: s_c = mean over k x k of
     (signs * max over out of W), the signed maximum; a tenth of it where k = 1. No gradient flows into the weight.
 
     Args:
         next_weight: (out, C/groups, k, k), or (out, C) of a linear layer, which counts as k = 1.
         signs: +1 or -1, (C, k, k), or (C,) for a linear layer.
+        groups: as in `Disout.forward`.
 
     Returns: float32 (C,). In a grouped layer the maximum is over the outputs of the channel's own group.
     Source: the authors' code; equation 15 of the paper, simplified. Theirs takes no linear layer: its tenth is ours.
     """
     channels, shape = signs.shape[0], tuple(next_weight.shape)
-    groups = channels // shape[1] if len(shape) > 2 and shape[1] else 1
-    if len(shape) < 2 or groups * shape[1] != channels or shape[0] % groups:
-        raise ValueError(f"next_weight must be (out, C/groups, k, k) or (out, C) for C = {channels}, not {shape}")
+    if groups is None:
+        groups = channels // shape[1] if len(shape) > 2 and shape[1] else 1
+    elif not isinstance(groups, Integral) or groups < 1:
+        raise ValueError(f"groups must be a whole number of at least 1, not {groups!r}")
+    if len(shape) < (3 if groups > 1 else 2) or groups * shape[1] != channels or shape[0] % groups:
+        expected = f"(out, C/groups, k, k) or (out, C) for C = {channels} and groups = {groups}"
+        raise ValueError(f"next_weight must be {expected}, not {shape}")
     weight = next_weight.detach().float()
     largest = weight.view(groups, -1, *shape[1:]).amax(dim=1).reshape(channels, -1)
     s = (largest * signs.reshape(channels, -1)).mean(dim=1)

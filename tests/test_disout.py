@@ -180,7 +180,9 @@ def test_the_room_for_seeds_follows_the_largest_rate_set():
 def test_the_room_is_exact_for_the_rate_given_first_and_rounded_up_for_larger_ones(x, monkeypatch):
     asked, layer = [], Disout(0.09, block_size=1)
     monkeypatch.setattr(disout, "most_seeds", lambda rate, places: asked.append(rate) or most_seeds(rate, places))
-    for rate in (0.0, 0.09, 0.1, 0.01, 0.126, 1.0):
+    rounded = 0.09 * 3 / 3
+    assert rounded > 0.09
+    for rate in (0.0, rounded, 0.1, 0.01, 0.126, 1.0):
         layer.dist_prob = rate
         layer(x)
     assert asked == [0.09, 0.09, 1 / 8, 1 / 8, 1 / 4, 1.0]
@@ -226,6 +228,12 @@ def test_strength_of_a_grouped_convolution_stays_in_the_group():
     torch.testing.assert_close(strength(last, signs), torch.cat(parts))
 
 
+@pytest.mark.parametrize(("weight", "groups"), [((6, 8, 3, 3), 1), ((6, 4, 3, 3), 2), ((8, 1, 3, 3), 8), ((6, 8), 1)])
+def test_groups_that_are_said_are_those_that_are_guessed(x, weight, groups):
+    weight, layer = torch.randn(weight), Disout(0.3, 3, 5.0)
+    assert torch.equal(in_training(x, layer, weight, groups), in_training(x, layer, weight))
+
+
 def test_distortion_has_the_size_of_strength_times_std():
     """Through the layer: each channel's distorted elements are alpha * |s_c| * std(x) * normal / mean(keep)."""
     x = 3 * torch.randn(512, 4, 8, 8) + 1
@@ -242,7 +250,9 @@ def test_distortion_has_the_size_of_strength_times_std():
 
 def test_signs_are_drawn_anew_at_every_forward(monkeypatch):
     drawn = []
-    monkeypatch.setattr(disout, "strength", lambda weight, signs: drawn.append(signs) or strength(weight, signs))
+    monkeypatch.setattr(
+        disout, "strength", lambda weight, signs, groups: drawn.append(signs) or strength(weight, signs)
+    )
     layer, x = Disout(0.1), torch.randn(2, 4, 8, 8)
     for _ in range(2):
         layer(x, torch.randn(6, 4, 3, 3))
@@ -589,6 +599,12 @@ def test_state_dict_is_empty_and_dist_prob_is_one_tensor(x):
         (lambda: Disout(0.1)(torch.zeros(2, 3, 8, 8), torch.zeros(6, 4, 3, 3)), ("next_weight", "(6, 4, 3, 3)")),
         (lambda: Disout(0.1)(torch.zeros(2, 3, 8, 8), torch.zeros(6)), ("next_weight", "(6,)")),
         (lambda: Disout(0.1)(torch.zeros(2, 6), torch.zeros(5, 3)), ("next_weight", "(5, 3)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6, 8, 8), torch.zeros(4, 3, 3, 3), 1), ("groups = 1", "(4, 3, 3, 3)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6, 8, 8), torch.zeros(4, 6, 3, 3), 2), ("groups = 2", "(4, 6, 3, 3)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6, 8, 8), torch.zeros(5, 3, 3, 3), 2), ("groups = 2", "(5, 3, 3, 3)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6), torch.zeros(4, 3), 2), ("groups = 2", "(4, 3)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6), torch.zeros(5, 6), 0), ("groups", "0")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6), torch.zeros(5, 6), 1.0), ("groups", "1.0")),
     ],
 )
 def test_nonsense_is_a_value_error_that_names_argument_and_value(make, words):
