@@ -26,10 +26,13 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 # What takes the place of strength() where no layer reads the map next (authors' code).
 NO_READER_STRENGTH = 0.01
+# Of a rate raised above the one given at construction. Few, as a compiled network is made for one of them, and
+# torch._dynamo gives up after eight.
+BOUNDS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 Rate = TypeVar("Rate", Tensor, float)
 
 
@@ -39,8 +42,9 @@ class Disout(nn.Module):
 
     Args:
         dist_prob: share of the elements to distort, 0 to 1. Settable, so that a schedule can let it grow; give the
-            final one here, as a compiled network compiles anew for a larger one than any before, and set it again after
-            Module.to_empty().
+            final one here, as what is drawn, and what a compiler makes, has room for this one. Above it there is room
+            for the next of 1/32, 1/16, ... 1: up to twice as much is drawn, and a compiled network compiles anew when a
+            rate first passes one of these. Set it again after Module.to_empty().
         block_size: side of a block, at least 1; cut to the map, per side, where the map is smaller.
         alpha: intensity of the distortion, at least 0.
         inside: keep even blocks wholly inside the map. The authors place the block of a seed in row i, for an even
@@ -71,7 +75,7 @@ class Disout(nn.Module):
     distorted: Tensor
     _dist_prob: Tensor
     _prob: float
-    _largest_prob: float
+    _bound: str
 
     def __init__(
         self,
@@ -94,8 +98,11 @@ class Disout(nn.Module):
         # layer can be put into a trained network and taken out again.
         self.register_buffer("_dist_prob", torch.zeros(()), persistent=False)
         self.register_buffer("distorted", torch.zeros(()), persistent=False)
-        self._largest_prob = 0.0  # set so far: bounds the number of seeds
+        # At least the largest rate set so far: bounds the number of seeds. Text, as a compiler would take a number that
+        # changed for a variable, which no shape can depend on.
+        self._bound = "1.0"
         self.dist_prob = dist_prob
+        self._bound = repr(self._prob)
 
     @property
     def dist_prob(self) -> float:
@@ -107,52 +114,65 @@ class Disout(nn.Module):
             raise ValueError(f"dist_prob must be a number from 0 to 1, not {value!r}")
         self._prob = float(value)
         self._dist_prob.fill_(self._prob)
-        self._largest_prob = max(self._largest_prob, self._prob)
+        if self._prob > float(self._bound) * (1 + 1e-6):  # not for what 0.09 * step / steps rounds to
+            self._bound = repr(next(bound for bound in BOUNDS if self._prob <= bound))
 
-    def forward(self, x: Tensor, next_weight: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, next_weight: Tensor | None = None, groups: int | None = None) -> Tensor:
         """Args:
             x: feature map (N, C, H, W), (N, C, L) or (N, C, D, H, W), or features (N, F), which count as maps of one
                 element; with `features_last`, C or F comes last. Any floating-point dtype.
             next_weight: weight of the convolution (out, C/groups, k, k; a transposed one's as .transpose(0, 1)) or
                 linear layer (out, C) that reads `x` next. No gradient. None where nothing reads it: strength 0.01.
+            groups: of the layer that reads, 1 for a linear one; tells a weight that only happens to fit. None: C over
+                the weight's second dimension.
         Returns: tensor of x's shape and dtype; in evaluation x itself.
+        Raises:
+            ValueError: x, or next_weight with these groups, is of no such shape.
+            RuntimeError: under torch.func.vmap in training.
         """
-        if not 2 <= x.dim() <= 5 or not x.is_floating_point():
-            raise ValueError(f"x must be floating-point, of 2 to 5 dimensions, not {x.dtype} {tuple(x.shape)}")
-        if not self.training or x.numel() == 0:
-            return x
-        transformed = torch._C._are_functorch_transforms_active()
-        if transformed and torch.func.debug_unwrap(x, recurse=True).dim() > x.dim():
-            raise RuntimeError("Disout has statistics of a whole batch: not under torch.func.vmap, take a loop instead")
-        maps = x.movedim(-1, 1) if self.features_last else x
-        maps = maps[..., None] if x.dim() == 2 else maps
-        if not maps.movedim(1, -1).is_contiguous():
-            maps = maps.contiguous()
-        n, channels, *size = maps.shape
-
-        # What is distorted
-        rate, valid = seed_rate(self._dist_prob, size, self.block_size)
-        places = n * channels * math.prod(valid)
-        most = most_seeds(seed_rate(self._largest_prob, size, self.block_size)[0], places)
-        seeds, no_seed = draw_seeds(rate, places, most)
-        elements, channel = block_elements(seeds, maps, self.block_size, self.inside)
-        keep = keep_mask(elements, no_seed, maps)
-
-        # By what
-        s: Tensor | float = NO_READER_STRENGTH
-        if next_weight is not None:
-            signs = torch.randint(0, 2, (channels, *next_weight.shape[2:]), device=x.device) * 2 - 1
-            s = strength(next_weight, signs).index_select(0, channel)[:, None]
-        noise = torch.randn(elements.shape, device=x.device) if self.alpha else torch.zeros((), device=x.device)
-        y, kept_share = distort(maps, keep, elements, noise, s, self.alpha)
-        if not transformed:  # torch.func allows no change of what is not returned
-            self.distorted.copy_(1 - kept_share)
-        y = y.view(y.shape[: x.dim()])
-        return y.movedim(1, -1) if self.features_last else y
+        return distorted_map(self, x, next_weight, groups)
 
     def extra_repr(self) -> str:
         more = "".join(f", {name}=True" for name in ("inside", "features_last") if getattr(self, name))
         return f"dist_prob={self.dist_prob:g}, block_size={self.block_size}, alpha={self.alpha:g}{more}"
+
+
+# torch.fx does not look into it, so that it can trace a network with this layer, in evaluation or training.
+@fx.wrap
+def distorted_map(layer: Disout, x: Tensor, next_weight: Tensor | None, groups: int | None) -> Tensor:
+    """What `layer` makes of its arguments."""
+    if not 2 <= x.dim() <= 5 or not x.is_floating_point():
+        raise ValueError(f"x must be floating-point, of 2 to 5 dimensions, not {x.dtype} {tuple(x.shape)}")
+    if not layer.training or x.numel() == 0:
+        return x
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed and torch.func.debug_unwrap(x, recurse=True).dim() > x.dim():
+        raise RuntimeError("Disout has statistics of a whole batch: not under torch.func.vmap, take a loop instead")
+    maps = x.movedim(-1, 1) if layer.features_last else x
+    maps = maps[..., None] if x.dim() == 2 else maps
+    if not maps.movedim(1, -1).is_contiguous():
+        maps = maps.contiguous()
+    n, channels, *size = maps.shape
+
+    # What is distorted
+    rate, valid = seed_rate(layer._dist_prob, size, layer.block_size)
+    places = n * channels * math.prod(valid)
+    most = most_seeds(seed_rate(float(layer._bound), size, layer.block_size)[0], places)
+    seeds, no_seed = draw_seeds(rate, places, most)
+    elements, channel = block_elements(seeds, maps, layer.block_size, layer.inside)
+    keep = keep_mask(elements, no_seed, maps)
+
+    # By what
+    s: Tensor | float = NO_READER_STRENGTH
+    if next_weight is not None:
+        signs = torch.randint(0, 2, (channels, *next_weight.shape[2:]), device=x.device) * 2 - 1
+        s = strength(next_weight, signs, groups).index_select(0, channel)[:, None]
+    noise = torch.randn(elements.shape, device=x.device) if layer.alpha else torch.zeros((), device=x.device)
+    y, kept_share = distort(maps, keep, elements, noise, s, layer.alpha)
+    if not transformed:  # torch.func allows no change of what is not returned
+        layer.distorted.copy_(1 - kept_share)
+    y = y.view(y.shape[: x.dim()])
+    return y.movedim(1, -1) if layer.features_last else y
 
 
 def seed_rate(dist_prob: Rate, size: Sequence[int], block_size: int) -> tuple[Rate, list[int]]:
@@ -166,10 +186,12 @@ def seed_rate(dist_prob: Rate, size: Sequence[int], block_size: int) -> tuple[Ra
 
 
 def most_seeds(rate: float, places: int) -> int:
-    """A number of seeds that chance exceeds with a probability below 1e-12 (Bernstein's inequality)."""
+    """A number of seeds that chance exceeds with a probability below 1e-12 (Bernstein's inequality). A symbol where
+    `places` is one, as torch.export has it."""
     mean, log_chance = rate * places, math.log(1e12)
-    above = log_chance / 3 + math.sqrt((log_chance / 3) ** 2 + 2 * log_chance * mean * (1 - rate))
-    return max(1, min(places, math.ceil(mean + above)))
+    above = log_chance / 3 + torch.sym_sqrt((log_chance / 3) ** 2 + 2 * log_chance * mean * (1 - rate))
+    most: int = torch.sym_max(1, torch.sym_min(places, math.ceil(mean + above)))
+    return most
 
 
 def draw_seeds(rate: Tensor, places: int, most: int) -> tuple[Tensor, Tensor]:
@@ -223,21 +245,26 @@ def keep_mask(elements: Tensor, no_seed: Tensor, x: Tensor) -> Tensor:
     return keep.view(x.shape) if x.is_contiguous() else keep.view(n, *size, channels).movedim(-1, 1)
 
 
-def strength(next_weight: Tensor, signs: Tensor) -> Tensor:
+def strength(next_weight: Tensor, signs: Tensor, groups: int | None = None) -> Tensor:
     """How strongly the next layer reads each channel, with a random sign: s_c = mean over k x k of
     (signs * max over out of W), the signed maximum; a tenth of it where k = 1. No gradient flows into the weight.
 
     Args:
         next_weight: (out, C/groups, k, k), or (out, C) of a linear layer, which counts as k = 1.
         signs: +1 or -1, (C, k, k), or (C,) for a linear layer.
+        groups: as in `Disout.forward`.
 
     Returns: float32 (C,). In a grouped layer the maximum is over the outputs of the channel's own group.
     Source: the authors' code; equation 15 of the paper, simplified. Theirs takes no linear layer: its tenth is ours.
     """
     channels, shape = signs.shape[0], tuple(next_weight.shape)
-    groups = channels // shape[1] if len(shape) > 2 and shape[1] else 1
-    if len(shape) < 2 or groups * shape[1] != channels or shape[0] % groups:
-        raise ValueError(f"next_weight must be (out, C/groups, k, k) or (out, C) for C = {channels}, not {shape}")
+    if groups is None:
+        groups = channels // shape[1] if len(shape) > 2 and shape[1] else 1
+    elif not isinstance(groups, Integral) or groups < 1:
+        raise ValueError(f"groups must be a whole number of at least 1, not {groups!r}")
+    if len(shape) < (3 if groups > 1 else 2) or groups * shape[1] != channels or shape[0] % groups:
+        expected = f"(out, C/groups, k, k) or (out, C) for C = {channels} and groups = {groups}"
+        raise ValueError(f"next_weight must be {expected}, not {shape}")
     weight = next_weight.detach().float()
     largest = weight.view(groups, -1, *shape[1:]).amax(dim=1).reshape(channels, -1)
     s = (largest * signs.reshape(channels, -1)).mean(dim=1)
@@ -285,23 +312,31 @@ class _Replaced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         keep, divisor = ctx.saved_tensors
-        return keep.to(grad.dtype).mul_(grad).div_(divisor), None, None, None, None
+        kept = keep.to(grad.dtype)
+        try:
+            kept.mul_(grad)
+        except RuntimeError:  # many gradients for the one mask, as vmap has them, do not fit into it
+            kept = kept * grad
+        return kept.div_(divisor), None, None, None, None
 
 
 def deviation(x: Tensor) -> Tensor:
     """std(x), in float32 at least, in one pass, so faster than std() on a CPU. Where the mean is 100 deviations
     large, it is good to 1 %; where it is 10, to 0.01 %."""
-    rows = _in_memory(x.to(torch.promote_types(x.dtype, torch.float32))).view(len(x), -1)  # few terms, for precision
+    features = _in_memory(x.to(torch.promote_types(x.dtype, torch.float32)))
+    rows = features.view(x.shape[0], -1)  # few terms, for precision
     square = torch.linalg.vector_norm(rows, dim=1).square().sum() - rows.sum(1).sum().square() / x.numel()
     return torch.sqrt(square.clamp(min=0) / max(x.numel() - 1, 1))
 
 
 def _count(keep: Tensor) -> Tensor:
-    """The ones of a uint8 map of zeros and ones, int32. Adds words of eight bytes, 64 of them, as a CPU does well."""
+    """The ones of a uint8 map of zeros and ones, int64. Adds words of eight bytes, 64 of them, as a CPU does well."""
     flat = _in_memory(keep)
-    whole = len(flat) // 512 * 512
+    if torch.compiler.is_exporting():  # words would tie the number of elements to the example's
+        return flat.sum(dtype=torch.int64)
+    whole = flat.numel() // 512 * 512
     words = flat[:whole].view(torch.int64).view(64, whole // 512).sum(0)
-    return words.view(torch.uint8).sum(dtype=torch.int32) + flat[whole:].sum(dtype=torch.int32)
+    return words.view(torch.uint8).sum(dtype=torch.int64) + flat[whole:].sum(dtype=torch.int64)
 
 
 def _in_memory(x: Tensor) -> Tensor:

@@ -54,10 +54,10 @@ class Hook:
             return x
         if not isinstance(x, Tensor):
             raise ValueError(f"{self.names}: only a map can be distorted, not a {type(x).__name__}")
-        return self.layer(x, self.weight_for(x)) if self.readers else self.layer(x)
+        return self.layer(x, *self.weight_for(x)) if self.readers else self.layer(x)
 
-    def weight_for(self, x: Tensor) -> Tensor:
-        """The weight, (out, C, ...), that reads the C channels of x."""
+    def weight_for(self, x: Tensor) -> tuple[Tensor, int]:
+        """The weight, (out, C/groups, ...), that reads the C channels of x, and these groups."""
         last = self.layer.features_last or x.dim() == 2
         channels = x.shape[-1] if last else x.shape[1]
         weights = []
@@ -75,9 +75,10 @@ class Hook:
             if piece and piece.total and (len(self.pieces) > 1 or piece.columns != tuple(range(total))):
                 if groups > 1:  # of a group's outputs only the largest weights count
                     weight = weight.detach().unflatten(0, (groups, -1)).amax(1).flatten(0, 1)[None]
+                    groups = 1
                 weight = weight[:, list(piece.columns)]
             weights.append(weight)
-        return cast(Tensor, weights[0] if len(weights) == 1 else joined(weights, self.pieces))
+        return (cast(Tensor, weights[0]), groups) if len(weights) == 1 else (joined(weights, self.pieces), 1)
 
 
 def joined(weights: list[Tensor], pieces: list[Any]) -> Tensor:

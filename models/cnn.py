@@ -51,8 +51,8 @@ class CNN(nn.Module):
             x = self.pool(F.relu(bn(conv(x)), inplace=True))
         x = self.relu1(self.fc1(x.flatten(1)))
         if self.hidden1:
-            x = self.hidden1(x, self.fc2.weight)
+            x = self.hidden1(x, self.fc2.weight, groups=1)
         x = self.relu2(self.fc2(x))
         if self.hidden2:
-            x = self.hidden2(x, self.fc3.weight)
+            x = self.hidden2(x, self.fc3.weight, groups=1)
         return self.fc3(x)

@@ -5,15 +5,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
 from disout import Disout
 
 # A network calls its regularizer with a place ('inner': between a block's convolutions, 'branch': before the addition,
 # 'shortcut': on the other side of it, 'hidden': after a linear layer's ReLU) and the share of the rate that acts there,
-# and inserts what it gets back, if anything. Every layer takes forward(x, next_weight=None) and has a settable
-# `dist_prob` and a `distorted`.
+# and inserts what it gets back, if anything. Every layer takes forward(x, next_weight=None, groups=None) and has a
+# settable `dist_prob` and a `distorted`.
 Regularizer = Callable[[str, float], nn.Module | None]
 
 
@@ -34,12 +34,18 @@ class Dropped(nn.Module):
     def dist_prob(self, rate: float) -> None:
         self.layer.p = rate
 
-    def forward(self, x: Tensor, next_weight: Tensor | None = None) -> Tensor:
-        if not self.training:
-            return x
-        mask = self.layer(x.new_ones(*x.shape[: self.dims], *(1,) * (x.dim() - self.dims)))
-        self.distorted.copy_((mask == 0).float().mean())
-        return x * mask
+    def forward(self, x: Tensor, next_weight: Tensor | None = None, groups: int | None = None) -> Tensor:
+        return dropped_map(self, x)
+
+
+# torch.fx does not look into it, as with Disout.
+@fx.wrap
+def dropped_map(module: Dropped, x: Tensor) -> Tensor:
+    if not module.training:
+        return x
+    mask = module.layer(x.new_ones(*x.shape[: module.dims], *(1,) * (x.dim() - module.dims)))
+    module.distorted.copy_((mask == 0).float().mean())
+    return x * mask
 
 
 class Method(NamedTuple):

@@ -68,10 +68,10 @@ class Block(nn.Module):
         shortcut = self.downsample(x) if self.downsample else x
         x = self.conv1(F.relu(self.bn1(x), inplace=True))
         if self.inner:
-            x = self.inner(x, self.conv2.weight)
+            x = self.inner(x, self.conv2.weight, groups=1)
         x = self.conv2(F.relu(self.bn2(x), inplace=True))
         if self.branch:
-            x = self.branch(x, next_weight)
+            x = self.branch(x, next_weight, groups=1)
         return x.add_(shortcut)
 
 

@@ -79,14 +79,14 @@ class Bottleneck(nn.Module):
         inputs = x
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         if self.inner1:
-            x = self.inner1(x, self.conv2.weight)
+            x = self.inner1(x, self.conv2.weight, groups=1)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
         if self.inner2:
-            x = self.inner2(x, self.conv3.weight)
+            x = self.inner2(x, self.conv3.weight, groups=1)
         x = self.bn3(self.conv3(x))
         if self.branch:
-            x = self.branch(x, next_weight)
+            x = self.branch(x, next_weight, groups=1)
         shortcut = self.downsample(inputs) if self.downsample else inputs
         if self.shortcut:
-            shortcut = self.shortcut(shortcut, next_weight)
+            shortcut = self.shortcut(shortcut, next_weight, groups=1)
         return F.relu(x.add_(shortcut), inplace=True)

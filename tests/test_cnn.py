@@ -50,8 +50,8 @@ def test_the_noise_of_the_authors_alpha_is_small_at_first(place, share):
 class Spy(nn.Module):
     """Takes the place of a regularizer's layer and keeps what it is handed."""
 
-    def forward(self, x, next_weight=None):
-        self.x, self.reader = x, next_weight
+    def forward(self, x, next_weight=None, groups=None):
+        self.x, self.reader, self.groups = x, next_weight, groups
         return x
 
 
@@ -61,7 +61,7 @@ def test_places_and_readers():
     model(torch.randn(2, 3, 32, 32))
     assert asked == [("hidden", 1.0)] * 2
     for layer, weight in ((model.hidden1, model.fc2.weight), (model.hidden2, model.fc3.weight)):
-        assert layer.reader is weight
+        assert layer.reader is weight and layer.groups == 1
         assert layer.x.shape == (2, 2048) and layer.x.min() == 0  # after the ReLU
 
 
@@ -87,6 +87,19 @@ def test_the_strength_of_the_next_weight_reaches_the_output_in_training_alone():
     twice = logits(50.0, weight_scale=2.0)[1] - plain
     assert torch.allclose(twice, 2 * distortion, rtol=1e-3, atol=1e-5)
     assert torch.equal(logits(50.0, training=False)[0], logits(0.0, training=False)[0])
+
+
+@pytest.mark.parametrize("method", ["dropout", "disout"])
+def test_traced_in_evaluation_it_is_the_same_and_distorts_in_training(method):
+    model, x = CNN(10, make_regularizer(method, 0.4, 1, 5.0, False)).eval(), torch.randn(4, 3, 32, 32)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), model(x))
+    outputs = []
+    for network in (model, traced):
+        torch.manual_seed(0)
+        outputs.append(network.train()(x))
+    assert torch.equal(*outputs)
+    assert [layer.distorted.item() for layer in regularizer_layers(traced)] == pytest.approx([0.4] * 2, abs=0.03)
 
 
 @pytest.mark.parametrize("method", ["dropout", "disout"])

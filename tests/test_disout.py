@@ -177,6 +177,17 @@ def test_the_room_for_seeds_follows_the_largest_rate_set():
     assert (y == 0).float().mean().item() == pytest.approx(0.9, abs=0.01)
 
 
+def test_the_room_is_exact_for_the_rate_given_first_and_rounded_up_for_larger_ones(x, monkeypatch):
+    asked, layer = [], Disout(0.09, block_size=1)
+    monkeypatch.setattr(disout, "most_seeds", lambda rate, places: asked.append(rate) or most_seeds(rate, places))
+    rounded = 0.09 * 3 / 3
+    assert rounded > 0.09
+    for rate in (0.0, rounded, 0.1, 0.01, 0.126, 1.0):
+        layer.dist_prob = rate
+        layer(x)
+    assert asked == [0.09, 0.09, 1 / 8, 1 / 8, 1 / 4, 1.0]
+
+
 def test_rate_and_blocks_of_a_volume():
     layer = Disout(0.2, block_size=3, alpha=5.0)
     x = torch.randn(200, 20, 4, 6, 5, requires_grad=True)
@@ -217,6 +228,12 @@ def test_strength_of_a_grouped_convolution_stays_in_the_group():
     torch.testing.assert_close(strength(last, signs), torch.cat(parts))
 
 
+@pytest.mark.parametrize(("weight", "groups"), [((6, 8, 3, 3), 1), ((6, 4, 3, 3), 2), ((8, 1, 3, 3), 8), ((6, 8), 1)])
+def test_groups_that_are_said_are_those_that_are_guessed(x, weight, groups):
+    weight, layer = torch.randn(weight), Disout(0.3, 3, 5.0)
+    assert torch.equal(in_training(x, layer, weight, groups), in_training(x, layer, weight))
+
+
 def test_distortion_has_the_size_of_strength_times_std():
     """Through the layer: each channel's distorted elements are alpha * |s_c| * std(x) * normal / mean(keep)."""
     x = 3 * torch.randn(512, 4, 8, 8) + 1
@@ -233,7 +250,9 @@ def test_distortion_has_the_size_of_strength_times_std():
 
 def test_signs_are_drawn_anew_at_every_forward(monkeypatch):
     drawn = []
-    monkeypatch.setattr(disout, "strength", lambda weight, signs: drawn.append(signs) or strength(weight, signs))
+    monkeypatch.setattr(
+        disout, "strength", lambda weight, signs, groups: drawn.append(signs) or strength(weight, signs)
+    )
     layer, x = Disout(0.1), torch.randn(2, 4, 8, 8)
     for _ in range(2):
         layer(x, torch.randn(6, 4, 3, 3))
@@ -393,6 +412,15 @@ def test_nothing_is_float64_as_not_every_device_has_it(x, dtype):
     assert dtype in dtypes.seen and torch.float64 not in dtypes.seen
 
 
+@pytest.mark.parametrize("rest", [0, 3])
+def test_the_kept_are_counted_in_int64_as_a_map_may_have_more_than_int32_holds(rest):
+    """Without memory, by the dtype of every sum; then the numbers."""
+    with Dtypes() as dtypes:
+        count = disout._count(torch.ones(2**32 + rest, dtype=torch.uint8, device="meta"))
+    assert count.dtype == torch.int64 and dtypes.seen == {torch.uint8, torch.int64}
+    assert disout._count((torch.arange(5120 + rest) % 5 > 0).to(torch.uint8)) == 4096 + max(rest - 1, 0)
+
+
 # torch.func
 
 
@@ -418,6 +446,25 @@ def test_functional_gradients_are_those_of_backward(x):
     assert network.disout.distorted > 0
     for name, weight in network.named_parameters():
         torch.testing.assert_close(gradients[name], weight.grad)
+
+
+def test_many_gradients_at_once_are_those_of_a_loop(x):
+    """Of a batch that torch.autograd.grad takes, of torch.func.jacrev, and with a graph of their own."""
+    network, x = Network(), x.clone().requires_grad_()
+    logits = in_training(x, network)[:2].flatten()
+    one_by_one = torch.stack([torch.autograd.grad(logit, x, retain_graph=True)[0] for logit in logits])
+    for graph in (False, True):
+        rows = torch.eye(len(logits))
+        (batched,) = torch.autograd.grad(logits, x, rows, is_grads_batched=True, retain_graph=True, create_graph=graph)
+        torch.testing.assert_close(batched, one_by_one)
+    torch.manual_seed(0)
+    jacobian = torch.func.jacrev(lambda x: network(x)[:2].flatten())(x.detach())
+    torch.testing.assert_close(jacobian, one_by_one)
+    weights = {name: weight.detach() for name, weight in network.named_parameters()}
+    torch.manual_seed(0)
+    of_weights = torch.func.jacrev(lambda weights: functional_call(network, weights, (x,))[:2].flatten())(weights)
+    (expected,) = torch.autograd.grad(logits[1], network.conv1.weight)
+    torch.testing.assert_close(of_weights["conv1.weight"][1], expected)
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])
@@ -448,7 +495,50 @@ def test_compiles_to_one_graph_a_shape_while_the_rate_moves(x, backend):
     assert graphs.frame_count == 2
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+EVER_LARGER = [0, 0.001, 0.02, 0.05, 0.09, 0.1, 0.2, 0.26, 0.5, 0.51, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("rates", "dynamic", "batches", "compilations"),
+    [
+        (EVER_LARGER, None, (16,), 7),
+        ([0.0, 0.0, *EVER_LARGER], None, (16, 5, 9), 8),
+        ([0.09, 0.1, 0.11], True, (16, 5), 2),
+    ],
+)
+def test_a_rate_raised_above_all_before_compiles_few_times(x, rates, dynamic, batches, compilations):
+    """Once more where the first step's batch counted as the only one."""
+    torch._dynamo.reset()
+    weight, graphs = torch.randn(6, 8, 3, 3), CompileCounterWithBackend("aot_eager")
+    layer, reference = Disout(rates[0], 3, 5.0), Disout(rates[0], 3, 5.0)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=graphs)
+    for step, rate in enumerate(rates):
+        layer.dist_prob = reference.dist_prob = rate
+        ours = x[: batches[step % len(batches)]].clone().requires_grad_()
+        theirs = ours.detach().clone().requires_grad_()
+        in_training(ours, compiled, weight).square().sum().backward()
+        in_training(theirs, reference, weight).square().sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        torch.testing.assert_close(layer.distorted, reference.distorted)
+    assert graphs.frame_count == compilations
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+
+
+@needs_compiler
+def test_a_network_compiled_to_machine_code_takes_a_raised_rate(x):
+    torch._dynamo.reset()
+    network = Network()
+    compiled = torch.compile(network)
+    for rate, expected in ((0.3, 0.25), (0.9, 0.6)):  # blocks overlap
+        network.disout.dist_prob = rate
+        compiled(x).sum().backward()
+        assert network.disout.distorted.item() == pytest.approx(expected, abs=0.07)
+    assert network.conv1.weight.grad.isfinite().all()
+
+
+@needs_compiler
 def test_compiled_to_machine_code_it_keeps_and_distorts_what_it_says(x):
     """Not compared bit by bit, as a compiler may change the order of the draws (torch 2.11's does)."""
     torch._dynamo.reset()
@@ -464,6 +554,16 @@ def test_compiled_to_machine_code_it_keeps_and_distorts_what_it_says(x):
     signs = torch.randint(0, 2, (8, 3, 3)) * 2 - 1
     expected = 5 * strength(weight, signs).square().mean().sqrt() * x.std() / kept_share
     assert 0.5 < y[~kept].std() / expected < 2
+
+
+def test_exported_in_training_the_batch_stays_dynamic(x):
+    """As torch.export does it: without torch._dynamo, which is less strict about what makes a constant."""
+    batch = torch.export.Dim("batch", min=2)
+    exported = torch.export.export(Network().train(), (x,), dynamic_shapes=({0: batch},)).module()
+    for n in (2, 16, 9):
+        assert exported(x[:n]).shape == (n, 3)
+    draws = torch.stack([exported(x) for _ in range(2)])
+    assert not torch.equal(*draws)
 
 
 # State
@@ -499,6 +599,12 @@ def test_state_dict_is_empty_and_dist_prob_is_one_tensor(x):
         (lambda: Disout(0.1)(torch.zeros(2, 3, 8, 8), torch.zeros(6, 4, 3, 3)), ("next_weight", "(6, 4, 3, 3)")),
         (lambda: Disout(0.1)(torch.zeros(2, 3, 8, 8), torch.zeros(6)), ("next_weight", "(6,)")),
         (lambda: Disout(0.1)(torch.zeros(2, 6), torch.zeros(5, 3)), ("next_weight", "(5, 3)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6, 8, 8), torch.zeros(4, 3, 3, 3), 1), ("groups = 1", "(4, 3, 3, 3)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6, 8, 8), torch.zeros(4, 6, 3, 3), 2), ("groups = 2", "(4, 6, 3, 3)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6, 8, 8), torch.zeros(5, 3, 3, 3), 2), ("groups = 2", "(5, 3, 3, 3)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6), torch.zeros(4, 3), 2), ("groups = 2", "(4, 3)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6), torch.zeros(5, 6), 0), ("groups", "0")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6), torch.zeros(5, 6), 1.0), ("groups", "1.0")),
     ],
 )
 def test_nonsense_is_a_value_error_that_names_argument_and_value(make, words):

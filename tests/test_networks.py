@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from models.regularizers import make_regularizer, regularizer_layers
 from models.resnet_cifar import ResNet
@@ -13,8 +14,8 @@ from models.resnet_imagenet import ResNet50
 class Spy(nn.Module):
     """Takes the place of a regularizer's layer and keeps the weight that it is handed."""
 
-    def forward(self, x, next_weight=None):
-        self.reader, self.channels = next_weight, x.shape[1]
+    def forward(self, x, next_weight=None, groups=None):
+        self.reader, self.channels, self.groups = next_weight, x.shape[1], groups
         return x
 
 
@@ -50,6 +51,7 @@ def test_places_and_readers():
     readers = [layer.reader for block in model.layer3 for layer in (block.inner, block.branch)]
     expected = [first.conv2.weight, second.conv1.weight, second.conv2.weight, third.conv1.weight, third.conv2.weight]
     assert all(reader is weight for reader, weight in zip(readers, [*expected, None], strict=True))
+    assert all(layer.groups == 1 for layer in model.modules() if isinstance(layer, Spy))
 
 
 def test_disout_acts_in_the_whole_last_group_and_only_in_training():
@@ -109,6 +111,7 @@ def test_places_and_readers_in_resnet50():
         expected = [block.conv2.weight, block.conv3.weight, outer, outer]
         layers = [block.inner1, block.inner2, block.branch, block.shortcut]
         assert all(layer.reader is weight for layer, weight in zip(layers, expected, strict=True))
+        assert all(layer.groups == 1 for layer in layers)
 
 
 def test_resnet50_with_disout_has_its_rates_and_no_more_entries():
@@ -137,3 +140,22 @@ def test_dropping_methods(method, dims):
 def test_drop_path_acts_on_branches_alone():
     regularizer = make_regularizer("drop_path", 0.1, 0, 0, False)
     assert regularizer("inner", 1.0) is regularizer("shortcut", 1.0) is None
+
+
+@pytest.mark.parametrize("method", ["disout", "dropblock", "dropout", "spatial_dropout", "drop_path"])
+def test_a_feature_extractor_gives_the_networks_features_and_distorts_in_training(method):
+    model, x = ResNet(14, 10, make_regularizer(method, 0.5, 3, 5.0, False)), torch.randn(4, 3, 32, 32)
+    extractor = create_feature_extractor(model.eval(), ["layer3"])
+    features = extractor(x)["layer3"]
+    wanted = model(x)
+    torch.testing.assert_close(model.fc(model.bn(features).relu().mean((2, 3))), wanted)
+    layers = regularizer_layers(extractor.train())
+    assert len(layers) == len(regularizer_layers(model)) and all(layer.distorted == 0 for layer in layers)
+    assert not torch.equal(*(extractor(x)["layer3"] for _ in range(2)))
+    assert all(layer.distorted > 0 for layer in layers)
+
+
+def test_resnet50_is_traced_in_training_and_distorts():
+    traced = torch.fx.symbolic_trace(ResNet50(10, make_regularizer("disout", 0.5, 3, 1.0, False)).train())
+    traced(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert len(regularizer_layers(traced)) == 36 and all(layer.distorted > 0 for layer in regularizer_layers(traced))
