@@ -8,7 +8,8 @@ import torch
 import train
 
 ROOT = Path(train.__file__).parent
-MODULES = ("disout.py", "disout_attach.py", "disout_graph.py", "disout_readers.py", "disout_values.py")
+FILES = ["disout.py", *(f"disout_attach/{name}" for name in ("__init__.py", "graph.py", "hooks.py", "py.typed"))]
+FILES += ["disout_attach/readers.py", "disout_attach/values.py"]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -21,11 +22,14 @@ def test_the_package_installs_modules_that_need_torch_alone(tmp_path):
     """Without the network: the build's own requirements are installed already."""
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--quiet"]
     source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "LICENSE", *MODULES):
+    (source / "disout_attach").mkdir(parents=True)
+    for name in ("pyproject.toml", "LICENSE", *FILES):
         (source / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run([*command, "--target", tmp_path / "installed", source], check=True)
-    assert {path.name for path in (tmp_path / "installed").glob("*.py")} == set(MODULES)
+    installed = [path for path in (tmp_path / "installed").glob("disout*/*") if ".dist-info" not in str(path)]
+    installed += (tmp_path / "installed").glob("*.py")
+    names = {path.relative_to(tmp_path / "installed").as_posix() for path in installed if path.name != "__pycache__"}
+    assert names == set(FILES)
     [metadata] = (tmp_path / "installed").glob("*.dist-info/METADATA")
     assert [line for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist")] == [
         "Requires-Dist: torch>=2.11"

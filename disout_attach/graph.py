@@ -1,4 +1,4 @@
-"""A network's graph, or that of a part of it, by torch.fx, for disout_readers.py."""
+"""A network's graph, or that of a part of it, by torch.fx, for readers.py."""
 
 import inspect
 import random

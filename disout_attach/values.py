@@ -1,12 +1,12 @@
 """What is known of the values in a network's graph: where their channels are, and of which value they are a
-rearrangement. For disout_readers.py."""
+rearrangement. For readers.py."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from disout_graph import ATTRIBUTES, CONVOLUTIONS, LOOKS, RECURRENT, Graph, concatenated
+from disout_attach.graph import ATTRIBUTES, CONVOLUTIONS, LOOKS, RECURRENT, Graph, concatenated
 
 # What a map passes with its channels in their places: modules by the file of torch.nn that has them, or by name;
 # functions and methods by name. Whatever stands nowhere here may mix the channels, so nothing is known behind it.

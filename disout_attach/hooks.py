@@ -20,8 +20,8 @@ from typing import Any, Literal, cast
 from torch import Tensor, fx, nn
 
 from disout import Disout
-from disout_graph import CONVOLUTIONS, LAYERS, RECURRENT
-from disout_readers import Parts, Piece
+from disout_attach.graph import CONVOLUTIONS, LAYERS, RECURRENT
+from disout_attach.readers import Parts, Piece
 
 # Networks are trained with these frozen, by eval(): neither their mode nor that of what is in them says anything.
 BATCH_NORMS = (nn.modules.batchnorm._NormBase,)

@@ -1,11 +1,11 @@
-"""Which weight reads a feature map next, found in a network's graph, for disout_attach.py."""
+"""Which weight reads a feature map next, found in a network's graph, for hooks.py."""
 
 from typing import NamedTuple
 
 from torch import fx, nn
 
-from disout_graph import RECURRENT, Graph, ancestors, concatenated, is_constant
-from disout_values import CONCATENATIONS, PRODUCTS, REARRANGEMENTS, SQUEEZES, Values
+from disout_attach.graph import RECURRENT, Graph, ancestors, concatenated, is_constant
+from disout_attach.values import CONCATENATIONS, PRODUCTS, REARRANGEMENTS, SQUEEZES, Values
 
 
 class Piece(NamedTuple):
