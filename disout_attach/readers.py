@@ -1,11 +1,13 @@
 """Which weight reads a feature map next, found in a network's graph, for hooks.py."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
 from disout_attach.graph import RECURRENT, Graph, ancestors, concatenated, is_constant
 from disout_attach.values import CONCATENATIONS, PRODUCTS, REARRANGEMENTS, SQUEEZES, Values
+
+Channels = dict[fx.Node, tuple[int, ...]]  # of each node that a map comes to, which channels of the map it has
 
 
 class Piece(NamedTuple):
@@ -65,50 +67,78 @@ class Part:
             raise ValueError(f"the channels of what {name} returns cannot be told: {how_to_name(name)}")
         value = self.values.known[start]
         # Which channel of the map each channel is; -1: none of it. And where a rearrangement begins that is under way.
-        parts = {start: tuple(range(value.channels))}
+        parts: Channels = {start: tuple(range(value.channels))}
         begun: dict[fx.Node, fx.Node] = {}
         readers: list[fx.Node] = []
         unknown: list[fx.Node] = []
         for node in self.graph.nodes[self.graph.nodes.index(start) + 1 :]:
-            sources = [source for source in node.all_input_nodes if source in parts or source in begun]
-            if not sources or node.op == "output" or self.graph.only_looks(node):
-                continue
-            source = sources[0]
-            if node in self.values.moved:
-                origin, channels = self.values.moved[node]
-                parts[node] = tuple(parts[origin][channel] for channel in channels)
-            elif any(other in begun for other in sources) or not (
-                node in self.values.known or self.graph.is_layer(node)
-            ):
-                first = next((begun[other] for other in sources if other in begun), node)
-                if self.graph.kind(node) in REARRANGEMENTS:
-                    begun[node] = first
-                else:
-                    unknown.append(first)
-            elif self.graph.is_layer(node):
-                of_map = [channel for channel in parts[source] if channel >= 0]
-                once = len(set(of_map)) == len(of_map)
-                fits = once and self.fits(node, source, flat=value.layout == "flat")
-                (readers if fits else unknown).append(node)
-            elif self.graph.kind(node) in CONCATENATIONS:
-                joined = [parts.get(part, (-1,) * self.values.known[part].channels) for part in concatenated(node)[0]]
-                parts[node] = tuple(channel for part in joined for channel in part)
-            elif len({parts[other] for other in sources}) > 1:  # channels are mixed
-                unknown.append(node)
-            elif self.graph.kind(node) in PRODUCTS:
-                gates = [other for other in node.all_input_nodes if other not in parts]
-                if all(start in ancestors([gate]) for gate in gates if not is_constant(gate)):
-                    for gate in gates:  # made from the map itself
-                        alone = self.only_for_gate(gate, node, start)
-                        readers = [reader for reader in readers if reader not in alone]
-                        unknown = [stranger for stranger in unknown if stranger not in alone]
-                    parts[node] = parts[source]
-                else:
-                    unknown.append(node)
-            else:
-                parts[node] = parts[source]
-        order = {node: index for index, node in enumerate(self.graph.nodes)}
-        pieces, left, last = [], set(range(value.channels)), 0
+            effect, what = self.effect(node, start, parts, begun)
+            if effect == "read":
+                readers.append(node)
+            elif effect == "rearranging":
+                begun[node] = what
+            elif effect == "unknown":
+                unknown.append(what)
+            elif effect:
+                parts[node] = what
+            if effect == "multiplied":  # by gates made from the map itself: what reads it for them alone does not count
+                for gate in self.gates(node, parts):
+                    alone = self.only_for_gate(gate, node, start)
+                    readers = [reader for reader in readers if reader not in alone]
+                    unknown = [stranger for stranger in unknown if stranger not in alone]
+        pieces, last = self.pieces(readers, start, parts)
+        left = value.channels - sum(len(piece.channels) for piece in pieces)
+        if unknown and (left or self.graph.nodes.index(unknown[0]) < last):
+            self.refuse_gate(name, start, unknown[0])
+            raise ValueError(
+                f"{name} goes to {self.graph.place_of(unknown[0])}, which is not understood: {how_to_name(name)}"
+            )
+        if not readers:
+            raise ValueError(f"no convolution or linear layer was found that reads {name}: {how_to_name(name)}")
+        if left:
+            raise ValueError(f"nothing reads {left} of the {value.channels} channels of {name}: {how_to_name(name)}")
+        return Reader(tuple(pieces), len(readers), self.graph.within)
+
+    def effect(
+        self, node: fx.Node, start: fx.Node, parts: Channels, begun: dict[fx.Node, fx.Node]
+    ) -> tuple[str | None, Any]:
+        """What a node does with the channels that come to it, and: of 'passed' (rearranged and joined ones too) and
+        'multiplied', its channels; of 'rearranging', which is not over, where that begins; of 'unknown', which node is
+        not understood. 'read' ends there; None: they do not come to it, or it only looks at them."""
+        sources = [source for source in node.all_input_nodes if source in parts or source in begun]
+        if not sources or node.op == "output" or self.graph.only_looks(node):
+            return None, None
+        if node in self.values.moved:
+            origin, channels = self.values.moved[node]
+            return "passed", tuple(parts[origin][channel] for channel in channels)
+        kind, layer = self.graph.kind(node), self.graph.is_layer(node)
+        under_way = [begun[source] for source in sources if source in begun]
+        if under_way or not (node in self.values.known or layer):
+            return "rearranging" if kind in REARRANGEMENTS else "unknown", under_way[0] if under_way else node
+        if layer:
+            of_map = [channel for channel in parts[sources[0]] if channel >= 0]
+            once = len(set(of_map)) == len(of_map)
+            flat = self.values.known[start].layout == "flat"
+            return ("read", None) if once and self.fits(node, sources[0], flat) else ("unknown", node)
+        if kind in CONCATENATIONS:
+            joined = [parts.get(part, (-1,) * self.values.known[part].channels) for part in concatenated(node)[0]]
+            return "passed", tuple(channel for part in joined for channel in part)
+        if len({parts[source] for source in sources}) > 1:  # channels are mixed
+            return "unknown", node
+        if kind not in PRODUCTS:
+            return "passed", parts[sources[0]]
+        gates = [gate for gate in self.gates(node, parts) if not is_constant(gate)]
+        of_map_alone = all(start in ancestors([gate]) for gate in gates)
+        return ("multiplied", parts[sources[0]]) if of_map_alone else ("unknown", node)
+
+    def gates(self, product: fx.Node, parts: Channels) -> list[fx.Node]:
+        """What the map is multiplied by."""
+        return [other for other in product.all_input_nodes if other not in parts]
+
+    def pieces(self, readers: list[fx.Node], start: fx.Node, parts: Channels) -> tuple[list[Piece], int]:
+        """Each channel's first reader, and the place among the nodes of the last of them."""
+        value, pieces, last = self.values.known[start], [], 0
+        left = set(range(value.channels))
         for reader in readers:
             source = next(source for source in reader.all_input_nodes if source in parts)
             places = {channel: column for column, channel in enumerate(parts[source]) if channel in left}
@@ -117,19 +147,8 @@ class Part:
                 columns = tuple(places[channel] for channel in channels)
                 total = None if value.layout == "flat" else self.values.known[source].channels
                 pieces.append(Piece(f"{self.graph.prefix}{reader.target}", channels, columns, total))
-                left, last = left - places.keys(), order[reader]
-        if unknown and (left or order[unknown[0]] < last):
-            self.refuse_gate(name, start, unknown[0])
-            raise ValueError(
-                f"{name} goes to {self.graph.place_of(unknown[0])}, which is not understood: {how_to_name(name)}"
-            )
-        if not readers:
-            raise ValueError(f"no convolution or linear layer was found that reads {name}: {how_to_name(name)}")
-        if left:
-            raise ValueError(
-                f"nothing reads {len(left)} of the {value.channels} channels of {name}: {how_to_name(name)}"
-            )
-        return Reader(tuple(pieces), len(readers), self.graph.within)
+                left, last = left - places.keys(), self.graph.nodes.index(reader)
+        return pieces, last
 
     def refuse_gate(self, name: str, start: fx.Node, product: fx.Node) -> None:
         """Raises ValueError where what the module returns multiplies a map that it is made from."""
