@@ -57,7 +57,9 @@ class Method(NamedTuple):
 METHODS = {
     "none": Method((), True, lambda *_: None),
     "dropout": Method(("dist_prob", "constant_prob"), False, lambda place, rate, *_: Dropped(nn.Dropout(rate), 4)),
-    "spatial_dropout": Method(("dist_prob", "constant_prob"), False, lambda place, rate, *_: Dropped(nn.Dropout2d(rate), 2)),
+    "spatial_dropout": Method(
+        ("dist_prob", "constant_prob"), False, lambda place, rate, *_: Dropped(nn.Dropout2d(rate), 2)
+    ),
     "drop_path": Method(
         ("dist_prob", "constant_prob"),
         False,
