@@ -65,7 +65,8 @@ class Disout(nn.Module):
         ValueError: naming the argument and its value, where it makes no sense.
 
     Source: the authors' code; the paper for single elements. `inside`, `features_last` and maps of one or three sides
-    are ours. torch.jit.script does not take it: `eval()` and torch.jit.trace, or torch.export, do.
+    are ours. torch.jit.script does not take it: `eval()` and torch.jit.trace, or torch.export, do. Nor does
+    torch.compile(dynamic=True) on a CPU with the default backend (torch 2.14), where a convolution comes before it.
     """
 
     block_size: int
