@@ -26,10 +26,10 @@ dropout-p0.3-constant-lr0.04 --method dropout --dist_prob 0.3 --constant_prob --
 none-lr0.04-wd8e-3 --method none --lr 0.04 --weight_decay 8e-3
 dropout-p0.3-lr0.04-wd2e-3 --method dropout --dist_prob 0.3 --lr 0.04 --weight_decay 2e-3
 dropout-p0.3-lr0.04-wd8e-3 --method dropout --dist_prob 0.3 --lr 0.04 --weight_decay 8e-3
-disout-alpha50-lr0.04 --method disout --dist_prob 0.3 --alpha 50 --lr 0.04 --weight_decay 2e-3
-disout-alpha5-lr0.04 --method disout --dist_prob 0.3 --alpha 5 --lr 0.04 --weight_decay 2e-3
-disout-alpha500-lr0.04 --method disout --dist_prob 0.3 --alpha 500 --lr 0.04 --weight_decay 2e-3
-disout-alpha50-lr0.02 --method disout --dist_prob 0.3 --alpha 50 --lr 0.02 --weight_decay 2e-3
-disout-alpha5-lr0.02 --method disout --dist_prob 0.3 --alpha 5 --lr 0.02 --weight_decay 2e-3
-disout-alpha500-lr0.02 --method disout --dist_prob 0.3 --alpha 500 --lr 0.02 --weight_decay 2e-3
+disout-alpha50-lr0.04 --method disout --dist_prob 0.3 --alpha 50 --lr 0.04 --weight_decay 8e-3
+disout-alpha5-lr0.04 --method disout --dist_prob 0.3 --alpha 5 --lr 0.04 --weight_decay 8e-3
+disout-alpha500-lr0.04 --method disout --dist_prob 0.3 --alpha 500 --lr 0.04 --weight_decay 8e-3
+disout-alpha50-lr0.02 --method disout --dist_prob 0.3 --alpha 50 --lr 0.02 --weight_decay 8e-3
+disout-alpha5-lr0.02 --method disout --dist_prob 0.3 --alpha 5 --lr 0.02 --weight_decay 8e-3
+disout-alpha500-lr0.02 --method disout --dist_prob 0.3 --alpha 500 --lr 0.02 --weight_decay 8e-3
 ROWS
