@@ -85,6 +85,9 @@ def test_sentences_that_no_table_has_are_the_logs():
     assert f"right on {trained} % of the images that it trains on and on {tested} % of the test set" in text
     trained, tested = of_none("photographs_study", ".1f")
     assert f"right on {trained} % of its training images and {tested} % of the test set" in text
+    of_epochs = [run for run in runs if run.study == "small_table1_epochs" and run.config["method"] == "none"]
+    best = max(of_epochs, key=lambda run: run.last("test_top1"))
+    assert f"right on {best.last('train_top1'):.1f} % of its training images at the learning rate that did best" in text
     for study in ("small_study", "photographs_study"):
         hours = sum(row["seconds"] for run in runs if run.study == study for row in run.rows) / 3600
         assert f"{study}.sh`, {'40 runs, ' if study == 'small_study' else ''}{hours:.1f} hours in all" in text
