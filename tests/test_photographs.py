@@ -60,6 +60,11 @@ def test_whatever_a_decoder_raises_is_one_line_but_not_what_we_raise(load, monke
         train[0, 0]
 
 
+def test_colours_that_pillow_cannot_convert_are_an_image_that_cannot_be_read():
+    with pytest.raises(ImageError, match="conversion from La"):
+        photographs.to_rgb(Image.new("La", (40, 40)))
+
+
 def epoch_of(photographs_set, sizes, workers=0, epoch=0, accumulate_steps=1, rank=0, world=1):
     sampler = EpochSampler(sizes, accumulate_steps, 0, rank, world)
     sampler.epoch = epoch

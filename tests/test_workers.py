@@ -12,6 +12,7 @@ import torch
 
 import train_imagenet
 from utils import photographs
+from utils.failures import run_script
 
 SCRIPT = Path(train_imagenet.__file__)
 ENDS = 60  # seconds, on a busy machine: what hangs, hangs for ever
@@ -106,6 +107,18 @@ def test_an_interrupt_ends_it(start):
     os.kill(process.pid, signal.SIGINT)
     assert "--resume" in ended(process, 130)
     assert not alive(workers)
+
+
+def test_too_little_shared_memory_is_one_line(capsys):
+    def fail(_argv):
+        raise RuntimeError(
+            "Caught RuntimeError in DataLoader worker process 0.\nunable to write to file: shared memory(shm)"
+        )
+
+    with pytest.raises(SystemExit) as stop:
+        run_script("train_imagenet.py", fail, [])
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and message.count("\n") == 1 and "shared memory: fewer --workers" in message
 
 
 def test_a_batch_that_its_worker_could_not_hand_over(photographs_folder):

@@ -66,7 +66,8 @@ def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) 
 def of_other_processes(message: str) -> str | None:
     """One line for a RuntimeError of torch that is about a process that died: a loader's worker, or one that torchrun
     started; None for another."""
-    if message.startswith(("DataLoader worker (pid", "Pin memory thread")):
+    too_little = "shared memory(shm)" in message  # raised in the worker, which lives
+    if too_little or message.startswith(("DataLoader worker (pid", "Pin memory thread")):
         return WORKER_DIED
     if dist.is_initialized() and any(backend in message.lower() for backend in ("gloo", "nccl")):
         return "another process of this run ended; it says why"

@@ -102,7 +102,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Grey, palette and CMYK images too. Of 16-bit grey the higher 8 bits, as Pillow itself takes of 16-bit colour.
 
     Raises:
-        ImageError: its greys have no known scale.
+        ImageError: its greys have no known scale, or Pillow cannot convert it.
     """
     if image.mode.startswith("I"):  # I;16 and its kin; I, 32 bits, is what older Pillows make of a 16-bit PNG
         grey = np.asarray(image)
@@ -110,7 +110,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
             return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(f"its greys have no known scale, as it is of mode {image.mode}: save it with 8 or 16 bits")
-    return image.convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:  # La, for one
+        raise ImageError(str(error)) from None
 
 
 class Cutout(torch.nn.Module):
