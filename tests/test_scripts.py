@@ -10,7 +10,7 @@ import train
 import train_imagenet
 
 ROOT = Path(train.__file__).parent
-STUDIES = {"small_grid": 20, "small_study": 7, "small_table1": 5, "small_table1_grid": 23, "photographs_study": 3}
+STUDIES = {"small_grid": 20, "small_study": 7, "small_table1": 5, "small_table1_grid": 27, "photographs_study": 3}
 SCRIPTS = {
     "table1_cifar10": 4,
     "table1_cifar100": 4,
