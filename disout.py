@@ -7,17 +7,17 @@ Where the paper's formula went
     this one. Both take the simplified gradient of the complexity term (section "Optimization of the Distortion",
     equation 15) as the size of the distortion and draw its direction at random:
 
-    how the next layer's weight enters it      strength()    s_c = mean over k x k of (random signs * max over out of W)
-    the distortion, relative to the features   distort()     d = alpha * s_c * std(x) * n, n standard normal
-    the elements that are distorted            draw_seeds()  at seed_rate(), and block_elements() around them
-    the distorted map                          distort()     y = (keep * x + (1 - keep) * d) / mean(keep)
+    how the next layer's weight enters it      strength()   s_c = mean over k x k of (random signs * max over out of W)
+    the distortion, relative to the features   distort()    d = alpha * s_c * std(x) * n, n standard normal
+    the elements that are distorted            draw_seeds() at seed_rate(), and keep_mask() of the blocks around them
+    the distorted map                          distort()    y = (keep * x + (1 - keep) * d) / mean(keep)
 
     alpha = 0 is DropBlock; block_size = 1 is the paper's element-wise "Feature Map Distortion".
 
-What it costs
-    The whole map is passed over for its deviation, the division by mean(keep) and the mask. Only seeds are drawn, and
-    noise for their blocks: always as many as chance can bring at the largest rate, so that no shape depends on what was
-    drawn. Nothing waits for the device, and a network with these layers compiles to one graph.
+Two forms
+    The plain form follows the class and is the formula as it stands on paper: at most 30 kernels, and one byte an
+    element kept for the backward pass. On a CPU, where every pass over the map counts, the second form draws the same
+    distribution with less work. Neither waits for the device, and a network with these layers compiles to one graph.
 """
 
 import math
@@ -26,12 +26,13 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 # What takes the place of strength() where no layer reads the map next (authors' code).
 NO_READER_STRENGTH = 0.01
-# Of a rate raised above the one given at construction. Few, as a compiled network is made for one of them, and
-# torch._dynamo gives up after eight.
+# On a CPU, of a rate raised above the one given at construction. Few, as a compiled network is made for one of them,
+# and torch._dynamo gives up after eight.
 BOUNDS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 Rate = TypeVar("Rate", Tensor, float)
 
@@ -42,9 +43,9 @@ class Disout(nn.Module):
 
     Args:
         dist_prob: share of the elements to distort, 0 to 1. Settable, so that a schedule can let it grow; give the
-            final one here, as what is drawn, and what a compiler makes, has room for this one. Above it there is room
-            for the next of 1/32, 1/16, ... 1: up to twice as much is drawn, and a compiled network compiles anew when a
-            rate first passes one of these. Set it again after Module.to_empty().
+            final one here: a CPU draws for as many seeds as this one can bring, and a network is compiled for it.
+            Above it there is room for the next of 1/32, 1/16, ... 1: up to twice as much is drawn, and a compiled
+            network compiles anew when a rate first passes one of these. Set it again after Module.to_empty().
         block_size: side of a block, at least 1; cut to the map, per side, where the map is smaller.
         alpha: intensity of the distortion, at least 0.
         inside: keep even blocks wholly inside the map. The authors place the block of a seed in row i, for an even
@@ -65,8 +66,9 @@ class Disout(nn.Module):
         ValueError: naming the argument and its value, where it makes no sense.
 
     Source: the authors' code; the paper for single elements. `inside`, `features_last` and maps of one or three sides
-    are ours. torch.jit.script does not take it: `eval()` and torch.jit.trace, or torch.export, do. Nor does
-    torch.compile(dynamic=True) on a CPU with the default backend (torch 2.14), where a convolution comes before it.
+    are ours. torch.jit.script does not take it: `eval()` and torch.jit.trace, or torch.export, do. Nor, on a CPU with
+    the default backend (torch 2.14), does torch.compile(dynamic=True) where a convolution comes before it, unless
+    `disout.for_cpu = lambda x: False` chooses the plain form.
     """
 
     block_size: int
@@ -146,34 +148,41 @@ def distorted_map(layer: Disout, x: Tensor, next_weight: Tensor | None, groups: 
         raise ValueError(f"x must be floating-point, of 2 to 5 dimensions, not {x.dtype} {tuple(x.shape)}")
     if not layer.training or x.numel() == 0:
         return x
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = under_torch_func(x)
     if transformed and torch.func.debug_unwrap(x, recurse=True).dim() > x.dim():
         raise RuntimeError("Disout has statistics of a whole batch: not under torch.func.vmap, take a loop instead")
     maps = x.movedim(-1, 1) if layer.features_last else x
     maps = maps[..., None] if x.dim() == 2 else maps
     if not maps.movedim(1, -1).is_contiguous():
         maps = maps.contiguous()
-    n, channels, *size = maps.shape
 
-    # What is distorted
-    rate, valid = seed_rate(layer._dist_prob, size, layer.block_size)
-    places = n * channels * math.prod(valid)
-    most = most_seeds(seed_rate(float(layer._bound), size, layer.block_size)[0], places)
-    seeds, no_seed = draw_seeds(rate, places, most)
-    elements, channel = block_elements(seeds, maps, layer.block_size, layer.inside)
-    keep = keep_mask(elements, no_seed, maps)
+    if for_cpu(x):
+        y, kept_share = cpu_distorted_map(layer, maps, next_weight, groups)
+    else:
+        seeds = draw_seeds(layer._dist_prob, maps, layer.block_size)
+        keep = keep_mask(seeds, maps.shape[2:], layer.block_size, layer.inside)
+        s = NO_READER_STRENGTH if next_weight is None else strength(next_weight, draw_signs(next_weight, maps), groups)
+        noise = torch.randn_like(maps, dtype=torch.float32) if layer.alpha else torch.zeros((), device=x.device)
+        y, kept_share = distort(maps, keep, noise, s, layer.alpha)
 
-    # By what
-    s: Tensor | float = NO_READER_STRENGTH
-    if next_weight is not None:
-        signs = torch.randint(0, 2, (channels, *next_weight.shape[2:]), device=x.device) * 2 - 1
-        s = strength(next_weight, signs, groups).index_select(0, channel)[:, None]
-    noise = torch.randn(elements.shape, device=x.device) if layer.alpha else torch.zeros((), device=x.device)
-    y, kept_share = distort(maps, keep, elements, noise, s, layer.alpha)
     if not transformed:  # torch.func allows no change of what is not returned
         layer.distorted.copy_(1 - kept_share)
     y = y.view(y.shape[: x.dim()])
     return y.movedim(1, -1) if layer.features_last else y
+
+
+def for_cpu(x: Tensor) -> bool:
+    """Whether x is distorted in the form for CPUs."""
+    return x.device.type == "cpu"
+
+
+def under_torch_func(x: Tensor) -> bool:
+    """Whether a transform of torch.func is active: torch says so under a private name, x if it takes part in one."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active() if active else torch.func.debug_unwrap(x, recurse=True) is not x
+
+
+# The plain form
 
 
 def seed_rate(dist_prob: Rate, size: Sequence[int], block_size: int) -> tuple[Rate, list[int]]:
@@ -186,64 +195,36 @@ def seed_rate(dist_prob: Rate, size: Sequence[int], block_size: int) -> tuple[Ra
     return dist_prob * (math.prod(size) / (math.prod(block) * math.prod(valid))), valid
 
 
-def most_seeds(rate: float, places: int) -> int:
-    """A number of seeds that chance exceeds with a probability below 1e-12 (Bernstein's inequality). A symbol where
-    `places` is one, as torch.export has it."""
-    mean, log_chance = rate * places, math.log(1e12)
-    above = log_chance / 3 + torch.sym_sqrt((log_chance / 3) ** 2 + 2 * log_chance * mean * (1 - rate))
-    most: int = torch.sym_max(1, torch.sym_min(places, math.ceil(mean + above)))
-    return most
+def first_row(b: int, block: Sequence[int], size: Sequence[int], inside: bool) -> int:
+    """Where a block begins along a side of b, counted from its seed's row in the region of `seed_rate`. The authors
+    shift an even side by one, but not in a block that covers the whole map."""
+    return int(b % 2 == 0 and not inside and list(block) != list(size))
 
 
-def draw_seeds(rate: Tensor, places: int, most: int) -> tuple[Tensor, Tensor]:
-    """Makes each of `places` a seed with probability `rate`, independently, but no more than `most` of them, in time
-    that grows with `most` alone: the gaps between the hits of a Bernoulli process are geometric, log(uniform) /
-    log(1 - rate) rounded up.
-
-    Returns: int64 (most,), the seeds in order, the first of them again in slots that are left over; and bool (1,), True
-    where there is none: all slots are then of one place that is no seed.
-    """
-    # Not 0, whose logarithm is infinite. In float32, as Apple's GPUs have no float64: a chance is off by 2^-24 at most.
-    gaps = torch.rand(most, device=rate.device).clamp_(min=2**-25).log_().div_(torch.log1p(-rate))
-    seeds = gaps.ceil_().clamp_(1, 2 * places).cumsum(0, dtype=torch.int64).sub_(1)
-    first = seeds[:1]
-    return seeds.where(seeds < places, first.clamp(max=places - 1)), first >= places
+def draw_seeds(dist_prob: Tensor, x: Tensor, block_size: int) -> Tensor:
+    """Each place of the region a seed with the probability of `seed_rate`, independently: bool, in the layout of x,
+    (N, C, H - b + 1, W - b + 1)."""
+    rate, valid = seed_rate(dist_prob, x.shape[2:], block_size)
+    region = x.detach()[(slice(None), slice(None), *(slice(side) for side in valid))]
+    return torch.rand_like(region, dtype=torch.float32) < rate
 
 
-def block_elements(seeds: Tensor, x: Tensor, block_size: int, inside: bool = False) -> tuple[Tensor, Tensor]:
-    """The elements of each seed's block.
-
-    Args:
-        seeds: int64 (S,), numbers of places in the regions (H - b + 1, W - b + 1) of all maps (N, C), in this order.
-        x: (N, C, H, W), or of one or three sides; contiguous, or with C last in memory.
-        block_size, inside: as in `Disout`.
-    Returns: int64 (S, b * b), where the elements lie in the memory of x (a block that the map's edge cuts names some
-    twice; b is cut to the map, per side), and int64 (S,), the channel that each block is in.
-    """
-    _, channels, *size = x.shape
+def keep_mask(seeds: Tensor, size: Sequence[int], block_size: int, inside: bool = False) -> Tensor:
+    """bool (N, C, H, W), False in the block of each seed (N, C, H - b + 1, W - b + 1). `inside` is as in `Disout`."""
+    if len(size) == 1:  # a map of one row, as padding and pooling of one side forget where the channels lie
+        return keep_mask(seeds[:, :, None], (1, *size), block_size, inside)[:, :, 0]
     block = [min(block_size, side) for side in size]
-    # The authors shift an even side by one, but not in a block that covers the whole map.
-    shifted = not inside and block != size
-    along = []  # (S, b) a side, the last side first: what its rows add to an element's place in memory
-    for side, b, stride in list(zip(size, block, x.stride()[2:], strict=True))[::-1]:
-        seeds, row = seeds // (side - b + 1), seeds % (side - b + 1)
-        first = int(shifted and b % 2 == 0)
-        rows = _once(row)[:, None] + torch.arange(first, first + b, device=seeds.device)
-        along.append((rows.clamp_(max=side - 1) if first else rows).mul_(stride))
-    n, channel = seeds // channels, seeds % channels
-    elements = _once(n * x.stride(0) + channel * x.stride(1))[:, None]
-    for rows in reversed(along):
-        elements = (elements[:, :, None] + rows[:, None, :]).flatten(1)
-    return _once(elements), channel
+    padding = []  # before and after a side, the last side first
+    for b in reversed(block):
+        before = b - 1 + first_row(b, block, size, inside)
+        padding += [before, 2 * (b - 1) - before]
+    pool = F.max_pool2d if len(size) == 2 else F.max_pool3d
+    return pool(F.pad(seeds.float(), padding), block, stride=1) == 0
 
 
-def keep_mask(elements: Tensor, no_seed: Tensor, x: Tensor) -> Tensor:
-    """uint8 of x's shape and memory format: 0 for the elements in a seed's block, else 1. `elements` is of
-    `block_elements`, `no_seed` of `draw_seeds`. (A bool mask multiplies more slowly on a CPU.)"""
-    keep = torch.ones(x.numel(), dtype=torch.uint8, device=x.device)
-    keep.scatter_(0, elements.flatten(), no_seed.to(torch.uint8).expand(elements.numel()))
-    n, channels, *size = x.shape
-    return keep.view(x.shape) if x.is_contiguous() else keep.view(n, *size, channels).movedim(-1, 1)
+def draw_signs(next_weight: Tensor, x: Tensor) -> Tensor:
+    """+1 or -1, each as often, for `strength`: int64 (C, k, k)."""
+    return torch.randint(0, 2, (x.shape[1], *next_weight.shape[2:]), device=x.device) * 2 - 1
 
 
 def strength(next_weight: Tensor, signs: Tensor, groups: int | None = None) -> Tensor:
@@ -272,79 +253,179 @@ def strength(next_weight: Tensor, signs: Tensor, groups: int | None = None) -> T
     return 0.1 * s if largest.shape[1] == 1 else s
 
 
-def distort(
-    x: Tensor, keep: Tensor, elements: Tensor, noise: Tensor, strength: Tensor | float, alpha: float
-) -> tuple[Tensor, Tensor]:
+def distort(x: Tensor, keep: Tensor, noise: Tensor, strength: Tensor | float, alpha: float) -> tuple[Tensor, Tensor]:
     """y = (keep * x + (1 - keep) * d) / mean(keep), with d = alpha * strength * std(x) * noise.
 
     Args:
+        x: (N, C, H, W), or of one or three sides.
+        keep: bool, the shape of x. y has its layout.
+        noise: standard normal, the shape of x, or one number.
+        strength: (C,), or one number for all channels.
+        alpha: intensity.
+    Returns: y of x's shape and dtype, and mean(keep). The mean is over the whole batch, and y is divided by 1 where
+    nothing is kept. std(x), float32 at least and unbiased over the whole batch, takes no gradient, so the gradient is
+    keep / mean(keep), and only the mask and one number are saved for it. Source: the authors' code.
+    """
+    kept_share = keep.sum() / keep.numel()
+    features = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    std = features.std(correction=min(1, x.numel() - 1))
+    s = strength.view(-1, *[1] * (x.dim() - 2)) if isinstance(strength, Tensor) else strength
+    d = (alpha * std * s * noise).to(x.dtype)
+    return torch.where(keep, x, d) / torch.where(kept_share > 0, kept_share, 1.0), kept_share
+
+
+# The form for CPUs: the same distribution in few passes over the map, for its deviation, the mask and the division by
+# mean(keep). Only seeds are drawn, and noise for their blocks: always as many as chance can bring at the largest rate,
+# so that no shape depends on what was drawn.
+
+
+def cpu_distorted_map(
+    layer: Disout, x: Tensor, next_weight: Tensor | None, groups: int | None
+) -> tuple[Tensor, Tensor]:
+    """y and mean(keep) for a map that is contiguous, or has its channels last."""
+    rate, valid = seed_rate(layer._dist_prob, x.shape[2:], layer.block_size)
+    places = x.shape[0] * x.shape[1] * math.prod(valid)
+    most = cpu_most_seeds(seed_rate(float(layer._bound), x.shape[2:], layer.block_size)[0], places)
+    seeds, no_seed = cpu_draw_seeds(rate, places, most)
+    elements, channel = cpu_block_elements(seeds, x, layer.block_size, layer.inside)
+    keep = cpu_keep_mask(elements, no_seed, x)
+    s: Tensor | float = NO_READER_STRENGTH
+    if next_weight is not None:
+        s = strength(next_weight, draw_signs(next_weight, x), groups).index_select(0, channel)[:, None]
+    noise = torch.randn(elements.shape, device=x.device) if layer.alpha else torch.zeros((), device=x.device)
+    return cpu_distort(x, keep, elements, noise, s, layer.alpha)
+
+
+def cpu_most_seeds(rate: float, places: int) -> int:
+    """A number of seeds that chance exceeds with a probability below 1e-12 (Bernstein's inequality). A symbol where
+    `places` is one, as torch.export has it."""
+    mean, log_chance = rate * places, math.log(1e12)
+    above = log_chance / 3 + torch.sym_sqrt((log_chance / 3) ** 2 + 2 * log_chance * mean * (1 - rate))
+    most: int = torch.sym_max(1, torch.sym_min(places, math.ceil(mean + above)))
+    return most
+
+
+def cpu_draw_seeds(rate: Tensor, places: int, most: int) -> tuple[Tensor, Tensor]:
+    """Makes each of `places` a seed with probability `rate`, independently, but no more than `most` of them, in time
+    that grows with `most` alone: the gaps between the hits of a Bernoulli process are geometric, log(uniform) /
+    log(1 - rate) rounded up.
+
+    Returns: int64 (most,), the seeds in order, the first of them again in slots that are left over; and bool (1,), True
+    where there is none: all slots are then of one place that is no seed.
+    """
+    # Not 0, whose logarithm is infinite. In float32, as Apple's GPUs have no float64: a chance is off by 2^-24 at most.
+    gaps = torch.rand(most, device=rate.device).clamp_(min=2**-25).log_().div_(torch.log1p(-rate))
+    seeds = gaps.ceil_().clamp_(1, 2 * places).cumsum(0, dtype=torch.int64).sub_(1)
+    first = seeds[:1]
+    return seeds.where(seeds < places, first.clamp(max=places - 1)), first >= places
+
+
+def cpu_block_elements(seeds: Tensor, x: Tensor, block_size: int, inside: bool = False) -> tuple[Tensor, Tensor]:
+    """The elements of each seed's block.
+
+    Args:
+        seeds: int64 (S,), numbers of places in the regions (H - b + 1, W - b + 1) of all maps (N, C), in this order.
+        x: (N, C, H, W), or of one or three sides; contiguous, or with C last in memory.
+        block_size, inside: as in `Disout`.
+    Returns: int64 (S, b * b), where the elements lie in the memory of x (a block that the map's edge cuts names some
+    twice; b is cut to the map, per side), and int64 (S,), the channel that each block is in.
+    """
+    _, channels, *size = x.shape
+    block = [min(block_size, side) for side in size]
+    along = []  # (S, b) a side, the last side first: what its rows add to an element's place in memory
+    for side, b, stride in list(zip(size, block, x.stride()[2:], strict=True))[::-1]:
+        seeds, row = seeds // (side - b + 1), seeds % (side - b + 1)
+        first = first_row(b, block, size, inside)
+        rows = _cpu_once(row)[:, None] + torch.arange(first, first + b, device=seeds.device)
+        along.append((rows.clamp_(max=side - 1) if first else rows).mul_(stride))
+    n, channel = seeds // channels, seeds % channels
+    elements = _cpu_once(n * x.stride(0) + channel * x.stride(1))[:, None]
+    for rows in reversed(along):
+        elements = (elements[:, :, None] + rows[:, None, :]).flatten(1)
+    return _cpu_once(elements), channel
+
+
+def cpu_keep_mask(elements: Tensor, no_seed: Tensor, x: Tensor) -> Tensor:
+    """uint8 (N * C * H * W,), in the order of x's memory: 0 for the elements in a seed's block, else 1. `elements` is
+    of `cpu_block_elements`, `no_seed` of `cpu_draw_seeds`. (A bool mask multiplies more slowly on a CPU.)"""
+    keep = torch.ones(x.numel(), dtype=torch.uint8, device=x.device)
+    return keep.scatter_(0, elements.flatten(), no_seed.to(torch.uint8).expand(elements.numel()))
+
+
+def cpu_distort(
+    x: Tensor, keep: Tensor, elements: Tensor, noise: Tensor, strength: Tensor | float, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """What `distort` returns; only the mask and one number are saved for the gradient here, too.
+
+    Args:
         x: (N, C, H, W), contiguous or channels_last.
-        keep: uint8, the shape and memory format of x, from `keep_mask`.
-        elements: int64 (S, b * b), from `block_elements`: those where keep is 0. If it is 0 nowhere, any of one block.
+        keep: uint8, from `cpu_keep_mask`.
+        elements: int64 (S, b * b), from `cpu_block_elements`: where keep is 0. If it is 0 nowhere, any of one block.
         noise: standard normal, (S, b * b), or one number. Where blocks overlap, any of them gives an element its noise.
         strength: (S, 1), or one number for all channels.
         alpha: intensity.
-    Returns: y of x's shape and dtype, and mean(keep); the statistics are float32 at least. The mean is over the whole
-    batch, and y is divided by 1 where nothing is kept. std(x), unbiased over the whole batch, takes no gradient, so the
-    gradient is keep / mean(keep), and only the mask and one number are kept for it. Source: the authors' code.
+    Returns: as `distort`.
     """
-    kept_share = _count(keep) / keep.numel()
+    kept_share = _cpu_count(keep) / keep.numel()
     divisor = torch.where(kept_share > 0, kept_share, 1.0)
-    # Without a seed all blocks are the first one, which is kept.
-    kept, features = (_in_memory(tensor)[elements[0]] for tensor in (keep, x.detach()))
-    scale = _once(alpha * deviation(x.detach()) / divisor * (1 - kept[:1]) * strength)
-    values = torch.addcmul(_once(kept * features.to(torch.promote_types(x.dtype, noise.dtype))), noise, scale)
-    return _Replaced.apply(x, keep, divisor, elements, values), kept_share
+    # Without a seed all blocks are the first one, and it stays as it is.
+    untouched, features = keep[elements[0]], _cpu_in_memory(x.detach())[elements[0]]
+    scale = _cpu_once(alpha * cpu_deviation(x.detach()) / divisor * (1 - untouched[:1]) * strength)
+    values = torch.addcmul(_cpu_once(untouched * features.to(torch.promote_types(x.dtype, noise.dtype))), noise, scale)
+    return _CpuReplaced.apply(x, keep, divisor, elements, values), kept_share
 
 
-class _Replaced(torch.autograd.Function):
+class _CpuReplaced(torch.autograd.Function):
     """x / divisor, with `values` in place of its `elements`, where keep is 0."""
 
     @staticmethod
     def forward(x: Tensor, keep: Tensor, divisor: Tensor, elements: Tensor, values: Tensor) -> Tensor:
         y = x / divisor
-        _in_memory(y).scatter_(0, elements.flatten(), values.to(y.dtype).expand(elements.shape).flatten())
+        _cpu_in_memory(y).scatter_(0, elements.flatten(), values.to(y.dtype).expand(elements.shape).flatten())
         return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:3])
+        ctx.contiguous = inputs[0].is_contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         keep, divisor = ctx.saved_tensors
-        kept = keep.to(grad.dtype)
+        n, channels, *size = grad.shape
+        grad_x = keep.to(grad.dtype).view(grad.shape if ctx.contiguous else (n, *size, channels))
+        grad_x = grad_x if ctx.contiguous else grad_x.movedim(-1, 1)
         try:
-            kept.mul_(grad)
+            grad_x.mul_(grad)
         except RuntimeError:  # many gradients for the one mask, as vmap has them, do not fit into it
-            kept = kept * grad
-        return kept.div_(divisor), None, None, None, None
+            grad_x = grad_x * grad
+        return grad_x.div_(divisor), None, None, None, None
 
 
-def deviation(x: Tensor) -> Tensor:
+def cpu_deviation(x: Tensor) -> Tensor:
     """std(x), in float32 at least, in one pass, so faster than std() on a CPU. Where the mean is 100 deviations
     large, it is good to 1 %; where it is 10, to 0.01 %."""
-    features = _in_memory(x.to(torch.promote_types(x.dtype, torch.float32)))
+    features = _cpu_in_memory(x.to(torch.promote_types(x.dtype, torch.float32)))
     rows = features.view(x.shape[0], -1)  # few terms, for precision
     square = torch.linalg.vector_norm(rows, dim=1).square().sum() - rows.sum(1).sum().square() / x.numel()
     return torch.sqrt(square.clamp(min=0) / max(x.numel() - 1, 1))
 
 
-def _count(keep: Tensor) -> Tensor:
-    """The ones of a uint8 map of zeros and ones, int64. Adds words of eight bytes, 64 of them, as a CPU does well."""
-    flat = _in_memory(keep)
+def _cpu_count(keep: Tensor) -> Tensor:
+    """How many of these zeros and ones, uint8 in one dimension, are one: int64. Adds words of eight bytes, 64 of them,
+    as a CPU does well."""
     if torch.compiler.is_exporting():  # words would tie the number of elements to the example's
-        return flat.sum(dtype=torch.int64)
-    whole = flat.numel() // 512 * 512
-    words = flat[:whole].view(torch.int64).view(64, whole // 512).sum(0)
-    return words.view(torch.uint8).sum(dtype=torch.int64) + flat[whole:].sum(dtype=torch.int64)
+        return keep.sum(dtype=torch.int64)
+    whole = keep.numel() // 512 * 512
+    words = keep[:whole].view(torch.int64).view(64, whole // 512).sum(0)
+    return words.view(torch.uint8).sum(dtype=torch.int64) + keep[whole:].sum(dtype=torch.int64)
 
 
-def _in_memory(x: Tensor) -> Tensor:
+def _cpu_in_memory(x: Tensor) -> Tensor:
     """The elements of a map that is contiguous, or has its channels last, in the order of memory, as a view."""
     return (x if x.is_contiguous() else x.movedim(1, -1)).view(-1)
 
 
-def _once(x: Tensor) -> Tensor:
+def _cpu_once(x: Tensor) -> Tensor:
     """x. as_strided wants memory, so a compiled network computes x once, not again wherever it is read."""
     return x.as_strided(x.shape, x.stride())

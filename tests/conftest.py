@@ -7,9 +7,24 @@ import pytest
 import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import disout
 import train
 from utils.failures import run_script
+
+
+@pytest.fixture
+def x():
+    return torch.randn(16, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=["plain", "cpu"])
+def form(request, monkeypatch):
+    """The layer's form, on this CPU: both, one after the other."""
+    monkeypatch.setattr(disout, "for_cpu", lambda x: request.param == "cpu")
+    return request.param
 
 
 @pytest.fixture
@@ -69,6 +84,45 @@ def photographs_folder(tmp_path_factory) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             image.save(target, quality=95)
     return folder
+
+
+def in_training(x, layer, *args):
+    torch.manual_seed(0)
+    return layer.train()(x, *args)
+
+
+class Dtypes(TorchDispatchMode):
+    """Notes the dtype of whatever an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.seen |= {tensor.dtype for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)}
+        return result
+
+
+def keep_of(seeds, x, block_size, inside=False):
+    """The mask, bool, of seeds (N, C, H - b + 1, W - b + 1), in the form that is set."""
+    if not disout.for_cpu(x):
+        return disout.keep_mask(seeds, x.shape[2:], block_size, inside)
+    elements, _ = disout.cpu_block_elements(seeds.flatten().nonzero().flatten(), x, block_size, inside)
+    keep = disout.cpu_keep_mask(elements, torch.tensor([False]), x).bool()
+    return torch.empty_like(x, dtype=torch.bool).as_strided_scatter(keep, keep.shape, (1,))
+
+
+def distorted(x, seeds, noise, strength, alpha, block_size, inside=False):
+    """The mask, bool, y and mean(keep) of what would be drawn, in the form that is set: at least one of `seeds`, noise
+    (N, C, H, W) and strength (C,)."""
+    keep = keep_of(seeds, x, block_size, inside)
+    if not disout.for_cpu(x):
+        return keep, *disout.distort(x, keep, noise, strength, alpha)
+    elements, channel = disout.cpu_block_elements(seeds.flatten().nonzero().flatten(), x, block_size, inside)
+    noise = torch.empty_like(x, dtype=torch.float32).copy_(noise).as_strided((x.numel(),), (1,))[elements]
+    mask = disout.cpu_keep_mask(elements, torch.tensor([False]), x)
+    return keep, *disout.cpu_distort(x, mask, elements, noise, strength[channel, None], alpha)
 
 
 def stop_at(monkeypatch, function, call):

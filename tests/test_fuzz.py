@@ -1,11 +1,14 @@
 """Disout on whatever shape, dtype, memory format, block, rate and reader hypothesis comes up with."""
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from disout import Disout
 
+# The form is set once for all examples, as it should be.
+SET_ONCE_FOR_ALL = [HealthCheck.function_scoped_fixture]
 LAYOUTS = {
     "contiguous": lambda x: x,
     "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
@@ -37,7 +40,10 @@ def cases(draw):
     return layer, x, draw(st.sampled_from([weight, None])) if channels else None
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@pytest.mark.usefixtures("form")
+@settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(cases())
 def test_whatever_comes_in(case):
     layer, x, weight = case

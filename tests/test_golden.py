@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import distorted
 
-from disout import NO_READER_STRENGTH, block_elements, distort, keep_mask, seed_rate, strength
+from disout import NO_READER_STRENGTH, seed_rate, strength
 
 FIGURES = np.load(Path(__file__).parent / "disout_reference.npz")
 CASES = sorted({name.split("/")[0] for name in FIGURES.files})
@@ -24,19 +25,17 @@ def authors_case(name):
     block_size, size = int(block_size), tuple(theirs["x"].shape[2:])
     rate, (rows, columns) = seed_rate(torch.tensor(p), size, block_size)
     first = block_size // 2
-    uniform = theirs["uniform"][:, :, first : first + rows, first : first + columns]
-    seeds = (uniform < rate).flatten().nonzero().flatten()
+    seeds = theirs["uniform"][:, :, first : first + rows, first : first + columns] < rate
     x = theirs["x"].clone().requires_grad_()
-    elements, channel = block_elements(seeds, x, block_size)
-    keep = keep_mask(elements, torch.tensor([False]), x)
-    s = NO_READER_STRENGTH
+    s = torch.full((x.shape[1],), NO_READER_STRENGTH)
     if k:
-        s = strength(theirs["next_weight"], (theirs["sign_uniform"][0] >= 0.5) * 2 - 1)[channel, None]
-    y = distort(x, keep, elements, theirs["noise"].flatten()[elements], s, alpha)[0]
+        s = strength(theirs["next_weight"], (theirs["sign_uniform"][0] >= 0.5) * 2 - 1)
+    keep, y, _ = distorted(x, seeds, theirs["noise"], s, alpha, block_size)
     y.backward(theirs["grad_out"])
     return theirs, keep, y.detach(), x.grad
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("name", CASES)
 def test_mask_output_and_gradient_are_the_authors(name):
     theirs, keep, y, grad = authors_case(name)
