@@ -60,7 +60,7 @@ class Difference(NamedTuple):
 
     def in_words(self) -> str:
         if self.half_width is None or abs(self.mean) <= self.half_width:
-            return "no difference shown"
+            return "not significant"
         return "higher" if self.mean > 0 else "lower"
 
 

@@ -63,12 +63,11 @@ def test_the_paper_table_has_mean_deviation_and_paired_difference(publish, page)
     assert "| DropBlock | 94.18 ± 0.14 | not run | not run | 0 |" in table
     assert "| Block Feature Map Distortion, cpu, float32 | DropBlock" not in table
     # differences of the best epochs: 2, 1, 3; mean 2, deviation 1, t(0.975, 2) = 4.303; of the last: 1, 0, 3
-    found = "+1.33 (-2.46 to +5.13) | +2.00 (-0.48 to +4.48) | 3 | no difference shown |"
+    found = "+1.33 (-2.46 to +5.13) | +2.00 (-0.48 to +4.48) | 3 | not significant |"
     assert f"| Block Feature Map Distortion, cpu, float32 | no regularizer, cpu, float32 | {found}" in table
     assert table.count("no regularizer, cpu") == 1
     assert "| DropBlock | 73.08 ± 0.23 | not run | `python train.py" in sections["Table 2, CIFAR-100 (ResNet-56)"]
-    assert "|" not in sections["table2_cifar10"]
-    assert "](table2_cifar10/accuracy.png)" in sections["table2_cifar10"]
+    assert "](table2_cifar10/accuracy.png)" in table and "table2_cifar10" not in sections
 
 
 def test_a_lines_command_is_that_of_its_first_run_without_what_is_its_own(publish, page):
@@ -138,7 +137,8 @@ def test_a_setting_that_differs_between_rows_is_said_of_each(publish, page):
     for rate in (0.05, 0.1):  # 0.1 is the recipe's
         publish("mine", f"lr{rate}", ROWS["none"] | {"epochs": 2, "lr": rate}, 0, (90, 91))
     section = page()["mine"]
-    assert "| epochs 2, lr 0.05 |" in section and "| epochs 2, lr 0.1 |" in section
+    assert "All rows: off the recipe in epochs 2;" in section
+    assert "| lr 0.05 |" in section and "| lr 0.1 |" in section
 
 
 def rows_of(section):
@@ -210,7 +210,67 @@ def test_a_precision_has_a_row_of_its_own_in_a_paper_table_and_in_a_study(publis
     assert found["none, bfloat16", "none"][2] == "+1.00 (+1.00 to +1.00)"
 
 
-def test_benchmarks_of_other_machines_and_of_other_rows_have_tables_of_their_own(publish, page, tmp_path):
+def test_settings_that_share_no_precision_with_the_others_are_a_table_of_their_own(publish, page):
+    small = ROWS["none"] | {"epochs": 2}
+    for seed in (0, 1):
+        publish("mine", "none", small, seed, (80, 80 + seed))
+        publish("mine", "lr", small | {"lr": 0.2}, seed, (80, 81 + seed))
+        publish("mine", "bf16", small | {"amp": True, "precision": "bfloat16 autocast"}, seed, (80, 82 + seed))
+    tables = page()["mine"].split("Paired")[0].split("\n\n|")[1:]
+    assert ["| none | 80.50" in table for table in tables] == [True, False]
+    assert ["| none, bfloat16 | 82.50" in table for table in tables] == [False, True]
+
+
+def test_published_studies_have_titles_and_an_order_and_the_contents_lead_to_every_section(publish, page, tmp_path):
+    for study in ("another", "quickstart", "small_grid", "small_study"):
+        publish(study, "none", ROWS["none"] | {"epochs": 2}, 0, (80, 80))
+    titles = list(page())
+    assert [title for title in titles if not title.startswith("Table")] == [
+        "The low-data study: ResNet-20 on 5,000 images of CIFAR-10",
+        "Grid of the low-data study, on held-out images",
+        "The quickstart",
+        "another",
+    ]
+    assert titles[0].startswith("Table 1")
+    contents = (tmp_path / "tables.md").read_text().split("\n\n")[2].splitlines()
+    assert contents == [f"- [{title}](#{make_tables.anchor(title)})" for title in titles]
+    assert "](#table-2-cifar-10-resnet-56)" in contents[2]
+
+
+def test_the_readme_has_the_first_table_of_the_paper_that_ran(publish, tmp_path):
+    readme = "before\n{}{}after\n".format(*make_tables.MARKERS)
+    published = {title: runs.published_settings(f"{table.script}.sh") for title, table in make_tables.PAPER.items()}
+
+    def table():
+        return make_tables.readme_table(published, runs.read_runs(tmp_path))
+
+    publish("mine", "none", ROWS["none"] | {"epochs": 2}, 0, (80, 80))
+    assert table() == "" and make_tables.with_table(readme, table()) == readme
+    publish("table1_cifar10", "none", TABLE_1["none"], 0, (81, 82))
+    assert table().startswith("| Table 1, CIFAR-10")
+    for seed in (0, 1):
+        publish("table2_cifar10", "none", ROWS["none"] | {"command": "python train.py --seed 0 --amp"}, seed, (94, 93))
+    publish("table2_cifar10", "disout", ROWS["disout"] | {"device": "cuda", "device_name": "a GPU"}, 0, (94, 95))
+    lines = table().splitlines()
+    assert (
+        lines[0]
+        == "| Table 2, CIFAR-10 (ResNet-56) | paper, best epoch | ours, best epoch | ours, last epoch | seeds |"
+    )
+    assert lines[2:5] == [
+        "| no regularizer | 93.95 ± 0.09 | 94.00 ± 0.00 | 93.00 ± 0.00 | 2 |",
+        "| DropBlock | 94.18 ± 0.14 | not run | not run | 0 |",
+        "| Block Feature Map Distortion | 94.50 ± 0.15 | 95.00 | 95.00 | 1 |",
+    ]
+    assert lines[6].startswith(
+        "a CPU, threads: 2, a GPU: 0.0 hours a run (median). [Logs](results/published/table2_cif"
+    )
+    assert lines[7] == "`python train.py --amp`"
+    once = make_tables.with_table(readme, table())
+    assert once.startswith("before\n") and once.endswith("after\n") and table() in once
+    assert make_tables.with_table(once, table()) == once
+
+
+def test_benchmarks_have_a_page_and_those_of_other_machines_or_rows_a_table_each(publish, page, tmp_path):
     publish("mine", "disout", ROWS["disout"], 0, (90, 91))
     (tmp_path / "benchmark").mkdir()
     for name, machine, figures in (
@@ -221,10 +281,11 @@ def test_benchmarks_of_other_machines_and_of_other_rows_have_tables_of_their_own
     ):
         rows = [{"what": what, "median": x, "at_most": 1.6, "at_least": None} for what, x in figures.items()]
         (tmp_path / f"benchmark/{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}))
-    section = page()["Benchmark"]
-    assert "2 runs (cpu_1, cpu_2): a CPU" in section
-    assert "1 run (gpu): a GPU" in section and "1 run (gpu_compiled): a GPU" in section
-    assert "| step | ≤ 1.6 | 1.5, **1.7** |" in section and section.count("| step | ≤ 1.6 | 0.2 |") == 2
+    assert "](benchmark/README.md)" in page()["Benchmark"]
+    text = (tmp_path / "benchmark/README.md").read_text()
+    assert "2 runs (cpu_1, cpu_2): a CPU" in text
+    assert "1 run (gpu): a GPU" in text and "1 run (gpu_compiled): a GPU" in text
+    assert "| step | 1.5, 1.7 |" in text and text.count("| step | 0.2 |") == 2
 
 
 def test_a_run_that_is_not_complete_stands_nowhere(publish, page):
@@ -267,11 +328,11 @@ def test_table_1_has_the_papers_figures_a_third_partys_and_ours(publish, page):
         publish("table1_cifar10", "disout", TABLE_1["disout"], seed, (80, 84 + seed))
     sections = page()
     table = sections["Table 1, CIFAR-10 (plain CNN, fully connected layers)"]
-    assert "third party" in table and "83.11" in table
+    assert "jiahy0825/Disout" in table and "83.11" in table
     same = "81.50 ± 0.71"
-    assert f"| no regularizer (a third party's rerun: 85.66) | 81.99 | {same} | {same} | 2 |" in table
+    assert f"| no regularizer (jiahy0825's rerun: 85.66) | 81.99 | {same} | {same} | 2 |" in table
     assert "| Dropout | unknown to us | not run | not run | 0 |" in table
-    assert "| Feature Map Distortion (a third party's rerun: 87.53) | 85.24 | 84.50" in table
+    assert "| Feature Map Distortion (jiahy0825's rerun: 87.53) | 85.24 | 84.50" in table
     found = rows_of(table)
     disout, alpha0, none = (f"{row}, cpu, float32" for row in (DISTORTION, f"{DISTORTION}, alpha 0", "no regularizer"))
     for one, other, mean in ((disout, none, "+3.00"), (disout, alpha0, "+1.00"), (alpha0, none, "+2.00")):
