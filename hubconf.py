@@ -43,7 +43,7 @@ def resnet56_disout(
     return model
 
 
-def cnn_disout(num_classes: int = 10, dist_prob: float = 0.3, alpha: float = 5.0) -> CNN:
+def cnn_disout(num_classes: int = 10, dist_prob: float = 0.3, alpha: float = 500.0) -> CNN:
     """The plain CNN for 32 x 32 images with Disout after its two hidden linear layers, as train.py --model cnn trains
     it. There are no pretrained weights.
     """

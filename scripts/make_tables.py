@@ -148,8 +148,8 @@ def study_section(folder: Path, study: str, groups: list[list[Run]]) -> list[str
     for script in ("complexity", "noise_size"):
         if (folder / study / f"{script}.csv").exists():
             sections.append(f"`python scripts/studies/{script}.py` measured [{script}.csv]({study}/{script}.csv).")
-    if (folder / study / "complexity.png").exists():
-        sections.append(f"![accuracy, gap and complexity over rate and alpha]({study}/complexity.png)")
+            picture = f"![accuracy, gap and complexity over rate and alpha]({study}/complexity.png)"
+            sections += [picture] if script == "complexity" else []
     return sections
 
 

@@ -117,7 +117,7 @@ def test_methods_act_on_single_features_and_add_no_entry(method):
 def test_its_defaults_are_its_own_and_flags_still_count():
     args, settings, defaults = train.parse_arguments(["--model", "cnn"])
     assert {name: settings[name] for name in train.CNN_RECIPE} == train.CNN_RECIPE
-    assert (args.name, settings["depth"], settings["alpha"]) == ("cifar10-cnn-disout-s0", 0, 5.0)
+    assert (args.name, settings["depth"], settings["alpha"]) == ("cifar10-cnn-disout-s0", 0, 500.0)
     assert defaults["model"] == "resnet"  # that a run had whose config.json does not say
     _, settings, _ = train.parse_arguments(["--lr", "0.3", "--model", "cnn", "--method", "dropout", "--epochs", "7"])
     assert [settings[name] for name in ("lr", "epochs", "block_size", "alpha")] == [0.3, 7, 0, 0]

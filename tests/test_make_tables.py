@@ -370,7 +370,7 @@ def test_features_are_compared_to_dropout_and_alpha_0_is_said(publish, page):
             rate = 0 if row == "none" else 0.5
             publish("mine", row, TABLE_1[row] | {"epochs": 2, "dist_prob": rate}, seed, (50, top1 + seed))
     found = rows_of(page()["mine"])
-    disout, alpha0 = "disout, p 0.5, block 1, alpha 5", "disout, p 0.5, block 1, alpha 0"
+    disout, alpha0 = "disout, p 0.5, block 1, alpha 500", "disout, p 0.5, block 1, alpha 0"
     for one, other, mean in (
         (disout, "none", "+6.00"),
         (disout, "dropout, p 0.5", "+4.00"),

@@ -16,7 +16,8 @@ from disout import NO_READER_STRENGTH
 ROOT = Path(train.__file__).parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from runs import Run, difference, grouped, read_runs
+import make_tables
+from runs import Run, difference, grouped, published_settings, read_runs
 
 PAGES = [ROOT / page for page in ("README.md", "results/README.md", "examples/README.md", "tests/README.md")]
 README, RESULTS, *_ = (page.read_text() for page in PAGES)
@@ -43,10 +44,52 @@ def test_links_lead_somewhere(page):
         assert anchor in [re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings], anchor
 
 
+def prose_of(page):
+    """Its lines without tables, code, pictures and comments, in their places."""
+    parts = re.split(r"(```.*?```)", page, flags=re.DOTALL)
+    text = "".join("\n" * part.count("\n") if part.startswith("```") else part for part in parts)
+    return ["" if line.startswith(("|", "!", "<!--")) else line for line in text.splitlines()]
+
+
 def test_a_screen_tells_what_came_out():
     lines = README.splitlines()
     assert len(lines) <= 200
-    assert any(line.startswith("|---") for line in lines[:30])
+    figures = [number for number, line in enumerate(lines, 1) if line.startswith("| ") and "±" in line]
+    assert len(figures) >= 3 and figures[2] <= 30
+    assert len(re.findall(r"\d\.\d", " ".join(prose_of(README)[:40]))) <= 10
+    pictures = [number for number, line in enumerate(lines, 1) if line.startswith("![")]
+    assert sum(number <= 60 for number in pictures) >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_are_short(page):
+    assert not [line for line in prose_of(page.read_text()) if len(line) > 120]
+
+
+def test_the_results_page_is_short():
+    assert len(RESULTS.split()) <= 1300
+
+
+def test_the_readme_has_the_table_that_make_tables_writes():
+    published = {title: published_settings(f"{table.script}.sh") for title, table in make_tables.PAPER.items()}
+    table = make_tables.readme_table(published, read_runs(ROOT / "results/published"))
+    assert make_tables.with_table(README, table) == README
+
+
+def test_how_long_a_run_of_table_2_takes_is_the_log_of_one_epoch():
+    [run] = [run for run in read_runs(ROOT / "results/published") if run.study == "one_epoch"]
+    minutes = run.rows[0]["seconds"] / 60
+    assert f"Run for its time, {minutes:.1f} minutes" in RESULTS
+    assert f"three runs of {200 * minutes / 60:.0f} hours on two cores" in README
+
+
+def test_a_comparison_in_which_nothing_was_fitted_is_called_a_first_look():
+    fitted: dict[str, list[float]] = {}
+    for run in read_runs(ROOT / "results/published"):
+        if run.config["method"] == "none" and not run.config.get("holdout"):
+            fitted.setdefault(run.study, []).append(run.last("train_top1"))
+    for study, accuracies in fitted.items():
+        assert (study in make_tables.FIRST_LOOKS) == (statistics.mean(accuracies) < 95), study
 
 
 @pytest.mark.parametrize("text", [README, RESULTS], ids=["README", "results"])
@@ -85,9 +128,6 @@ def test_sentences_that_no_table_has_are_the_logs():
     assert f"right on {trained} % of the images that it trains on and on {tested} % of the test set" in text
     trained, tested = of_none("photographs_study", ".1f")
     assert f"right on {trained} % of its training images and {tested} % of the test set" in text
-    of_epochs = [run for run in runs if run.study == "small_table1_epochs" and run.config["method"] == "none"]
-    best = max(of_epochs, key=lambda run: run.last("test_top1"))
-    assert f"right on {best.last('train_top1'):.1f} % of its training images at the learning rate that did best" in text
     for study in ("small_study", "photographs_study"):
         hours = sum(row["seconds"] for run in runs if run.study == study for row in run.rows) / 3600
         assert f"{study}.sh`, {'40 runs, ' if study == 'small_study' else ''}{hours:.1f} hours in all" in text
