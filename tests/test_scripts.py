@@ -136,7 +136,7 @@ def test_the_script_passes_over_what_is_finished(tmp_path):
 def test_the_committed_page_is_what_the_committed_logs_give(tmp_path):
     published = ROOT / "results/published"
     names = ("config.json", "metrics.csv", "summary.json")
-    logs = [log for log in published.glob("*/*/*") if log.name in names] + list(published.glob("*/complexity.csv"))
+    logs = [log for log in published.glob("*/*/*") if log.name in names] + list(published.glob("*/*.csv"))
     for log in [*logs, *published.glob("benchmark/*.json")]:
         copy = tmp_path / log.relative_to(published)
         copy.parent.mkdir(parents=True, exist_ok=True)
