@@ -62,7 +62,7 @@ class Hook:
         channels = x.shape[-1] if last else x.shape[1]
         weights = []
         for reader, piece in zip(self.readers, self.pieces, strict=True):
-            weight: Any = reader.weight_ih_l0 if isinstance(reader, RECURRENT) else reader.weight
+            weight: Any = weight_of(reader)
             groups = getattr(reader, "groups", 1)
             total = piece.total if piece and piece.total else channels
             reads = weight.shape[1] * groups
@@ -79,6 +79,10 @@ class Hook:
                 weight = weight[:, list(piece.columns)]
             weights.append(weight)
         return (cast(Tensor, weights[0]), groups) if len(weights) == 1 else (joined(weights, self.pieces), 1)
+
+
+def weight_of(reader: Any) -> Any:
+    return reader.weight_ih_l0 if isinstance(reader, RECURRENT) else reader.weight
 
 
 def joined(weights: list[Tensor], pieces: list[Any]) -> Tensor:
@@ -112,13 +116,21 @@ class Handle:
         self._places: list[tuple[Hook, nn.Module, str]] = []
 
     def set_dist_prob(self, dist_prob: float) -> None:
-        """Raises RuntimeError where modules were exchanged for others without their hooks, so that nothing distorts."""
+        """Raises RuntimeError where modules were exchanged for others without their hooks, so that nothing distorts, or
+        where a reader was exchanged for one with another weight, so that the strength comes from the old one."""
         there = {id(hook) for module in self._model.modules() for hook in module._forward_hooks.values()}
-        gone = [name for name, (hook, *_) in zip(self.layers, self._places, strict=True) if id(hook) not in there]
+        read = {*map(id, self._model.modules()), *map(id, self._model.parameters())}
+        hooks = {name: hook for name, (hook, *_) in zip(self.layers, self._places, strict=True)}
+        gone = [name for name, hook in hooks.items() if id(hook) not in there]
         if gone:
             raise RuntimeError(
                 f"the hooks of {', '.join(gone)} are gone, as these modules were exchanged: remove(), and attach again"
             )
+        for name, hook in hooks.items():
+            if any(read.isdisjoint({id(reader), id(weight_of(reader))}) for reader in hook.readers):
+                raise RuntimeError(
+                    f"what reads {name}, {self._readers[name]}, was exchanged: remove(), and attach again"
+                )
         for layer in self.layers.values():
             layer.dist_prob = dist_prob
 

@@ -31,7 +31,9 @@ from runs import (
 )
 from studies.draw_study import MOST_CURVES, draw_study
 
+from utils.failures import run_script
 from utils.files import replacing
+from utils.flags import Parser, UsageError
 
 FEW = 4  # settings; of more, a picture shows those with the most seeds
 # What the published studies are, in the page's order. Others follow under their folders' names.
@@ -64,14 +66,15 @@ INTRO = (
 MARKERS = ("<!-- The paper's table, by scripts/make_tables.py -->\n", "<!-- The paper's table ends -->\n")
 
 
-def main() -> None:
-    if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
-        sys.exit(__doc__)
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "results/published")
-    page = folder / ("tables.md" if len(sys.argv) > 1 else "README.md")
+def main(argv: list[str]) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="default: results/published")
+    given = parser.parse_args(argv).folder
+    folder = given or ROOT / "results/published"
+    page = folder / ("tables.md" if given else "README.md")
     runs = read_runs(folder)
     if not runs:
-        sys.exit(f"make_tables.py: no complete run in {folder}/STUDY/NAME or {folder}/NAME")
+        raise UsageError(f"no complete run in {folder}/STUDY/NAME or {folder}/NAME")
     published = {title: published_settings(f"{table.script}.sh") for title, table in PAPER.items()}
     on_recipe = [settings for rows in published.values() for _, settings in rows.values()]
 
@@ -90,7 +93,7 @@ def main() -> None:
     contents = "\n".join(f"- [{title}](#{anchor(title)})" for title in sections)
     texts = [text for title, parts in sections.items() for text in (f"## {title}", *parts)]
     write(page, ["# Published runs", INTRO, contents, *texts])
-    if len(sys.argv) == 1:
+    if not given:
         readme = (ROOT / "README.md").read_text()
         write(ROOT / "README.md", [with_table(readme, readme_table(published, runs)).rstrip("\n")])
 
@@ -202,4 +205,4 @@ def benchmark_tables(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("make_tables.py", main, sys.argv[1:])

@@ -1,6 +1,5 @@
 """The complete runs of a folder, their settings, and what their seeds say together."""
 
-import csv
 import json
 import os
 import shlex
@@ -24,6 +23,7 @@ from models.resnet_cifar import ResNet
 from utils import data
 from utils.checkpoint import PLACES, load_weights
 from utils.flags import UsageError
+from utils.record import read_json, read_metrics
 
 SAME = {"seed", "processes", "accumulate_steps", "deterministic", *PLACES}  # may differ between a setting's runs
 TUNED = {"lr", "weight_decay"}  # which each method of a study may have as its own
@@ -65,13 +65,12 @@ class Difference(NamedTuple):
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The complete runs in FOLDER/STUDY/NAME, and in FOLDER/NAME, whose study is '.'."""
+    """The complete runs in FOLDER/STUDY/NAME, and in FOLDER/NAME, whose study is '.'. Raises CheckpointError: a log
+    cannot be read."""
     runs = []
     for summary in sorted([*folder.glob("*/summary.json"), *folder.glob("*/*/summary.json")]):
-        with (summary.parent / "metrics.csv").open() as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        config = json.loads((summary.parent / "config.json").read_text())
-        runs.append(Run(str(summary.parent.parent.relative_to(folder)), config, rows))
+        study = str(summary.parent.parent.relative_to(folder))
+        runs.append(Run(study, read_json(summary.parent / "config.json"), read_metrics(summary.parent)))
     return runs
 
 
@@ -80,7 +79,7 @@ def load_trained(run: Path) -> tuple[dict, ResNet, tuple[data.Images, data.Image
     that has its checkpoint; of a ResNet, as whoever asks looks at its last group."""
     if not (run / "config.json").exists():
         raise UsageError(f"{run} is no run: it has no config.json")
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
     if config.get("model", "resnet") != "resnet" or config["dataset"] not in data.DATASETS:
         raise UsageError(f"{run} is no run of train.py with a ResNet, which alone has the maps that are looked at here")
     if not (run / "checkpoint.pt").exists():

@@ -295,6 +295,18 @@ def test_hooks_that_are_gone_are_said(network, x):
         its_handle.set_dist_prob(0.1)
 
 
+def test_a_reader_that_is_exchanged_is_said_but_not_one_that_keeps_its_weight(network):
+    handle = attach(network, "0", 0.5, 3)
+    kept, network[3] = network[3], nn.Conv2d(8, 4, 3)
+    with pytest.raises(RuntimeError, match=r"reads 0, 3, was exchanged.*attach again"):
+        handle.set_dist_prob(0.3)
+    network[3].weight = kept.weight
+    handle.set_dist_prob(0.3)
+    nn.utils.parametrizations.weight_norm(network[3])
+    _, its_handle = copy.deepcopy((network, attach(network, "0", 0.5, 3)))
+    its_handle.set_dist_prob(0.1)
+
+
 def test_the_rate_of_all_layers_is_set_at_once(network):
     handle = attach(network, ["0", "3"], 0.5)
     handle.set_dist_prob(0.25)

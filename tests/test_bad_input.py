@@ -17,6 +17,7 @@ import train
 import train_imagenet
 from models.resnet_cifar import ResNet
 from utils import engine, photographs
+from utils.checkpoint import CheckpointError
 from utils.failures import run_script
 from utils.processes import LAUNCHED
 
@@ -310,6 +311,15 @@ script, *argv = sys.argv[1:]
 sys.argv = [script, *argv]
 runpy.run_path(script, run_name="__main__")
 """
+
+
+def test_a_complete_run_whose_log_was_damaged_is_named_where_its_picture_is_missing(run):
+    flags = ("--epochs", "1", "--train_size", "16", "--resume")
+    folder = run(*flags)
+    (folder / "curve.png").unlink()
+    (folder / "metrics.csv").write_text("epoch\none\n")
+    with pytest.raises(CheckpointError, match=r"run/metrics.csv cannot be read"):
+        run(*flags)
 
 
 @pytest.mark.parametrize("script", BOTH)

@@ -140,7 +140,7 @@ def test_the_plain_form_compiles_to_machine_code_with_sides_that_change(monkeypa
     monkeypatch.setattr(disout, "for_cpu", lambda x: False)
     torch._dynamo.reset()
     layer = Disout(0.3, 3)
-    compiled = torch.compile(nn.Sequential(nn.Conv2d(8, 6, 3), layer, nn.Conv2d(6, 4, 3)), dynamic=True)
+    compiled = torch.compile(nn.Sequential(nn.Conv2d(8, 6, 3), layer), dynamic=True)
     for n, side, rate in ((16, 12, 0.3), (5, 9, 0.9)):
         layer.dist_prob = rate
         compiled(torch.randn(n, 8, side, side)).sum().backward()

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(train.__file__).parent / "scripts"))
 import make_tables
 import runs
 
+from utils.checkpoint import CheckpointError
 from utils.flags import UsageError
 
 ROWS = {row: settings for row, (_, settings) in runs.published_settings("table2_cifar10.sh").items()}
@@ -40,12 +41,11 @@ def publish(tmp_path):
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch):
+def page(tmp_path):
     """The page of what was published, as sections under their titles."""
 
     def make():
-        monkeypatch.setattr(sys, "argv", ["make_tables.py", str(tmp_path)])
-        make_tables.main()
+        make_tables.main([str(tmp_path)])
         sections = (tmp_path / "tables.md").read_text().split("## ")[1:]
         return {section.splitlines()[0]: section for section in sections}
 
@@ -296,7 +296,7 @@ def test_a_run_that_is_not_complete_stands_nowhere(publish, page):
 
 
 def test_runs_without_a_study_count_and_no_run_at_all_is_said(publish, page):
-    with pytest.raises(SystemExit, match="no complete run"):
+    with pytest.raises(UsageError, match="no complete run"):
         page()
     publish(".", "disout", ROWS["disout"], 0, (90, 91))
     assert "91.00" in page()["Table 2, CIFAR-10 (ResNet-56)"]
@@ -315,6 +315,16 @@ def test_a_flag_that_is_younger_than_the_run_had_its_default(publish, page):
     settings = {name: value for name, value in ROWS["none"].items() if name != "label_smoothing"}
     publish("old", "none", settings, 0, (90, 91))
     assert "91.00" in page()["Table 2, CIFAR-10 (ResNet-56)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("config.json", "[]"), ("metrics.csv", "epoch,top1\n1\n"), ("metrics.csv", "")]
+)
+def test_a_log_that_cannot_be_read_is_named(publish, page, tmp_path, name, content):
+    publish("mine", "disout", ROWS["disout"], 0, (90, 91))
+    (tmp_path / "mine/disout-s0" / name).write_text(content)
+    with pytest.raises(CheckpointError, match=f"disout-s0/{name} cannot be read"):
+        page()
 
 
 TABLE_1 = {row: settings for row, (_, settings) in runs.published_settings("table1_cifar10.sh").items()}

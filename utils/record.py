@@ -8,6 +8,7 @@ import shlex
 import subprocess
 from collections.abc import Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.checkpoint import Checkpoints, Progress, save_weights
+from utils.checkpoint import CheckpointError, Checkpoints, Progress, save_weights
 from utils.files import replacing
 
 COLUMNS = (
@@ -118,9 +119,31 @@ def say_complete(folder: Path) -> None:
     summary = (folder / "summary.json").read_text()
     print(f"{folder} is complete:\n{summary}", end="")
     if not (folder / "curve.png").exists():
-        with (folder / "metrics.csv").open() as file:
+        draw_curve(folder, read_metrics(folder), read_json(folder / "summary.json")["evaluated_on"])
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """metrics.csv, an epoch each. Raises CheckpointError: it cannot be read."""
+    path = folder / "metrics.csv"
+    try:
+        with path.open() as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        draw_curve(folder, rows, json.loads(summary)["evaluated_on"])
+        if not rows:
+            raise ValueError("it has no epoch")
+        return rows
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """config.json or summary.json. Raises CheckpointError: it cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not names and values")
+        return found
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def surroundings(command: list[str], device: torch.device, amp: bool) -> dict[str, object]:

@@ -6,7 +6,6 @@ mean square of the strength s_c, whose sign is all that is drawn where a linear 
 """
 
 import csv
-import json
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from utils.data import DATASETS
 from utils.failures import run_script
 from utils.files import replacing
 from utils.flags import Parser, UsageError
+from utils.record import read_json
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     rows = []
     for summary in sorted(folder.glob("*/summary.json")):
         run = summary.parent
-        config = json.loads((run / "config.json").read_text())
+        config = read_json(run / "config.json")
         if config["method"] == "disout" and config.get("model") == "cnn" and (run / "checkpoint.pt").exists():
             rows += measure(run, config)
     if not rows:
