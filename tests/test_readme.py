@@ -80,7 +80,7 @@ def test_how_long_a_run_of_table_2_takes_is_the_log_of_one_epoch():
     [run] = [run for run in read_runs(ROOT / "results/published") if run.study == "one_epoch"]
     minutes = run.rows[0]["seconds"] / 60
     assert f"Run for its time, {minutes:.1f} minutes" in RESULTS
-    assert f"three runs of {200 * minutes / 60:.0f} hours on two cores" in README
+    assert f"takes {200 * minutes / 60:.0f} hours on two cores" in README
 
 
 def test_a_comparison_in_which_nothing_was_fitted_is_called_a_first_look():
