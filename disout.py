@@ -298,10 +298,12 @@ def cpu_distorted_map(
 
 def cpu_most_seeds(rate: float, places: int) -> int:
     """A number of seeds that chance exceeds with a probability below 1e-12 (Bernstein's inequality). A symbol where
-    `places` is one, as torch.export has it."""
+    `places` is one, as torch.export has it; torch.compile follows Python's own functions, in torch 2.11 these alone."""
+    of_symbols: Any = torch.sym_sqrt, torch.sym_min, torch.sym_max
+    sqrt, least, largest = of_symbols if isinstance(places, torch.SymInt) else (math.sqrt, min, max)
     mean, log_chance = rate * places, math.log(1e12)
-    above = log_chance / 3 + torch.sym_sqrt((log_chance / 3) ** 2 + 2 * log_chance * mean * (1 - rate))
-    most: int = torch.sym_max(1, torch.sym_min(places, math.ceil(mean + above)))
+    above = log_chance / 3 + sqrt((log_chance / 3) ** 2 + 2 * log_chance * mean * (1 - rate))
+    most: int = largest(1, least(places, math.ceil(mean + above)))
     return most
 
 
