@@ -15,7 +15,7 @@ Where the paper's formula went
     alpha = 0 is DropBlock; block_size = 1 is the paper's element-wise "Feature Map Distortion".
 
 Two forms
-    The plain form follows the class and is the formula as it stands on paper: at most 30 kernels, and one byte an
+    The plain form follows the class and is the formula as it stands on paper: some 30 kernels, and one byte an
     element kept for the backward pass. On a CPU, where every pass over the map counts, the second form draws the same
     distribution with less work. Neither waits for the device, and a network with these layers compiles to one graph.
 """
@@ -45,7 +45,8 @@ class Disout(nn.Module):
         dist_prob: share of the elements to distort, 0 to 1. Settable, so that a schedule can let it grow; give the
             final one here: a CPU draws for as many seeds as this one can bring, and a network is compiled for it.
             Above it there is room for the next of 1/32, 1/16, ... 1: up to twice as much is drawn, and a compiled
-            network compiles anew when a rate first passes one of these. Set it again after Module.to_empty().
+            network compiles anew when a rate first passes one of these. Set it again after Module.to_empty(), and
+            after Module.half() or bfloat16(), which round it.
         block_size: side of a block, at least 1; cut to the map, per side, where the map is smaller.
         alpha: intensity of the distortion, at least 0.
         inside: keep even blocks wholly inside the map. The authors place the block of a seed in row i, for an even
@@ -57,18 +58,18 @@ class Disout(nn.Module):
                 block_size 6, inside          # # # # # # . .   . # # # # # # .   . . # # # # # #
             On 8 x 8 at dist_prob 0.09, 7.61 % of the elements are distorted on average as the authors place blocks, and
             8.57 % inside (9 % but for overlaps).
-        features_last: the features are the input's last dimension, as linear and recurrent layers leave them.
+        features_last: the features are the input's last dimension, as linear and batch-first recurrent layers have it.
 
     Attributes:
-        distorted: 0-dim tensor, the share of elements distorted in the last training forward.
+        distorted: 0-dim tensor, the share of elements distorted in the last training forward outside torch.func.
 
     Raises:
         ValueError: naming the argument and its value, where it makes no sense.
 
     Source: the authors' code; the paper for single elements. `inside`, `features_last` and maps of one or three sides
     are ours. torch.jit.script does not take it: `eval()` and torch.jit.trace, or torch.export, do. Nor, on a CPU with
-    the default backend (torch 2.14), does torch.compile(dynamic=True) where a convolution comes before it, unless
-    `disout.for_cpu = lambda x: False` chooses the plain form.
+    the default backend (torch 2.14), does torch.compile(dynamic=True) where a convolution comes before it, nor
+    forward-mode differentiation, unless `disout.for_cpu = lambda x: False` chooses the plain form.
     """
 
     block_size: int
@@ -93,7 +94,7 @@ class Disout(nn.Module):
             raise ValueError(f"block_size must be a whole number of at least 1, not {block_size!r}")
         if not isinstance(alpha, Real) or not 0 <= alpha < math.inf:
             raise ValueError(f"alpha must be a finite number of at least 0, not {alpha!r}")
-        self.block_size = block_size
+        self.block_size = int(block_size)
         self.alpha = float(alpha)
         self.inside = inside
         self.features_last = features_last
@@ -126,8 +127,8 @@ class Disout(nn.Module):
                 element; with `features_last`, C or F comes last. Any floating-point dtype.
             next_weight: weight of the convolution (out, C/groups, k, k; a transposed one's as .transpose(0, 1)) or
                 linear layer (out, C) that reads `x` next. No gradient. None where nothing reads it: strength 0.01.
-            groups: of the layer that reads, 1 for a linear one; tells a weight that only happens to fit. None: C over
-                the weight's second dimension.
+            groups: of the layer that reads, 1 for a linear or transposed one; tells a weight that only happens to fit.
+                None: C over the weight's second dimension.
         Returns: tensor of x's shape and dtype; in evaluation x itself.
         Raises:
             ValueError: x, or next_weight with these groups, is of no such shape.
