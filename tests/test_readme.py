@@ -17,7 +17,9 @@ ROOT = Path(train.__file__).parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import make_tables
-from runs import Run, difference, grouped, published_settings, read_runs
+from runs import Run, difference, grouped, published_settings, read_runs, spread
+
+from utils.record import read_json
 
 PAGES = [ROOT / page for page in ("README.md", "results/README.md", "examples/README.md", "tests/README.md")]
 README, RESULTS, *_ = (page.read_text() for page in PAGES)
@@ -102,6 +104,7 @@ def test_figures_of_accuracy_are_on_the_generated_page(text):
     for figure in whole:
         assert figure in GENERATED, figure
     known = {f"{NO_READER_STRENGTH:.2f}", *re.findall(r"\d+\.\d\d\b", GENERATED), *of_complexity(".2f")}
+    known |= {f"{size:.2f}" for size in noise_sizes()}
     for figure in re.findall(r"(?<![\d.])\d+\.\d\d\b", text):
         assert figure in known, figure
 
@@ -133,6 +136,25 @@ def test_sentences_that_no_table_has_are_the_logs():
         assert f"{study}.sh`, {'40 runs, ' if study == 'small_study' else ''}{hours:.1f} hours in all" in text
 
 
+def test_the_table_1_study_is_what_its_logs_say():
+    """The table, the hours, the sizes of the noise; and without regularizer the network has fitted in every run."""
+    published = ROOT / "results/published/small_table1"
+    groups = grouped([run for run in read_runs(published.parent) if run.study == "small_table1"])
+    assert [len(group) for group in groups] == [5] * 5
+    assert all(run.last("train_top1") >= 99 for run in groups[0])
+    names = ("no regularizer", "dropout", "Disout, `alpha` 0", "Disout, `alpha` 5", "Disout, `alpha` 500")
+    for name, group in zip(names, groups, strict=True):
+        learned = [read_json(published / run.config["name"] / "summary.json")["learned_top1"] for run in group]
+        trained = [run.last("train_top1") for run in group]
+        figures = [spread(group, measure, "test_top1") for measure in (Run.best, Run.last)]
+        cells = [name, *figures, *(f"{statistics.mean(values):.1f}" for values in (trained, learned))]
+        assert f"| {' | '.join(cells)} |" in RESULTS
+    hours = sum(row["seconds"] for group in groups for run in group for row in run.rows) / 3600
+    assert f"small_table1.sh`, 25 runs, {hours:.1f} hours in all" in " ".join(RESULTS.split())
+    said = "With `alpha` 5 the noise is {:.3f} and {:.3f} of the features' deviation after the two layers"
+    assert f"{said}, with 500 {{:.2f}} and {{:.2f}}".format(*noise_sizes()) in " ".join(RESULTS.split())
+
+
 def test_what_would_stand_if_intervals_were_widened_is_what_the_text_says():
     study = [run for run in read_runs(ROOT / "results/published") if run.study == "small_study"]
     none, dropblock, disout = (group for group in grouped(study) if len(group) == 8)  # in this order
@@ -150,3 +172,12 @@ def of_complexity(form):
     names = ("train_top1", "test_top1", "gap", "complexity", "relative_complexity", "distortion")
     with (ROOT / "results/published/small_grid/complexity.csv").open() as file:
         return {format(float(row[name]), form) for row in csv.DictReader(file) for name in names}
+
+
+def noise_sizes():
+    """The means over the runs with alpha 5 and 500, each after both layers."""
+    noise: dict[tuple[str, str], list[float]] = {}
+    with (ROOT / "results/published/small_table1/noise_size.csv").open() as file:
+        for row in csv.DictReader(file):
+            noise.setdefault((row["alpha"], row["layer"]), []).append(float(row["noise"]))
+    return [statistics.mean(noise[alpha, layer]) for alpha in ("5.0", "500.0") for layer in ("hidden1", "hidden2")]
