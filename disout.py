@@ -67,8 +67,7 @@ class Disout(nn.Module):
         ValueError: naming the argument and its value, where it makes no sense.
 
     Source: the authors' code; the paper for single elements. `inside`, `features_last` and maps of one or three sides
-    are ours. torch.jit.script does not take it: `eval()` and torch.jit.trace, or torch.export, do. Nor, on a CPU with
-    the default backend (torch 2.14), does torch.compile(dynamic=True) where a convolution comes before it, nor
+    are ours. torch.jit.script does not take it: `eval()` and torch.jit.trace, or torch.export, do. Nor, on a CPU, does
     forward-mode differentiation, unless `disout.for_cpu = lambda x: False` chooses the plain form.
     """
 
@@ -186,12 +185,18 @@ def under_torch_func(x: Tensor) -> bool:
 # The plain form
 
 
+def cut_block(block_size: int, size: Sequence[int]) -> list[int]:
+    """The sides of a block, b, cut to a map of this size. Not by min(), which a compiler that traces sizes as symbols
+    would carry into every shape."""
+    return [side if side < block_size else block_size for side in size]
+
+
 def seed_rate(dist_prob: Rate, size: Sequence[int], block_size: int) -> tuple[Rate, list[int]]:
     """The probability of a seed, gamma = p * H * W / b^2 / ((H - b + 1)(W - b + 1)), and the size
     (H - b + 1, W - b + 1) of the region that seeds are drawn in, whose first row is row b // 2 of the map. With one
     side or three likewise. Source: the authors' code, after DropBlock (arXiv 1810.12890).
     """
-    block = [min(block_size, side) for side in size]
+    block = cut_block(block_size, size)
     valid = [side - b + 1 for side, b in zip(size, block, strict=True)]
     return dist_prob * (math.prod(size) / (math.prod(block) * math.prod(valid))), valid
 
@@ -214,7 +219,7 @@ def keep_mask(seeds: Tensor, size: Sequence[int], block_size: int, inside: bool 
     """bool (N, C, H, W), False in the block of each seed (N, C, H - b + 1, W - b + 1). `inside` is as in `Disout`."""
     if len(size) == 1:  # a map of one row, as padding and pooling of one side forget where the channels lie
         return keep_mask(seeds[:, :, None], (1, *size), block_size, inside)[:, :, 0]
-    block = [min(block_size, side) for side in size]
+    block = cut_block(block_size, size)
     padding = []  # before and after a side, the last side first
     for b in reversed(block):
         before = b - 1 + first_row(b, block, size, inside)
@@ -334,7 +339,7 @@ def cpu_block_elements(seeds: Tensor, x: Tensor, block_size: int, inside: bool =
     twice; b is cut to the map, per side), and int64 (S,), the channel that each block is in.
     """
     _, channels, *size = x.shape
-    block = [min(block_size, side) for side in size]
+    block = cut_block(block_size, size)
     along = []  # (S, b) a side, the last side first: what its rows add to an element's place in memory
     for side, b, stride in list(zip(size, block, x.stride()[2:], strict=True))[::-1]:
         seeds, row = seeds // (side - b + 1), seeds % (side - b + 1)
@@ -383,8 +388,15 @@ class _CpuReplaced(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, keep: Tensor, divisor: Tensor, elements: Tensor, values: Tensor) -> Tensor:
+        values = values.to(x.dtype).expand(elements.shape).flatten()
+        if torch.compiler.is_compiling():
+            # Inductor cannot put the strides of a view in order where they are symbols, as with dynamic=True, so y must
+            # not be one. Compiled, this takes no longer.
+            replaced = torch.empty_like(x)
+            _cpu_in_memory(replaced).scatter_(0, elements.flatten(), values)
+            return torch.where(_cpu_as_map(keep, x.shape, x.is_contiguous()) == 1, x / divisor, replaced)
         y = x / divisor
-        _cpu_in_memory(y).scatter_(0, elements.flatten(), values.to(y.dtype).expand(elements.shape).flatten())
+        _cpu_in_memory(y).scatter_(0, elements.flatten(), values)
         return y
 
     @staticmethod
@@ -395,9 +407,7 @@ class _CpuReplaced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         keep, divisor = ctx.saved_tensors
-        n, channels, *size = grad.shape
-        grad_x = keep.to(grad.dtype).view(grad.shape if ctx.contiguous else (n, *size, channels))
-        grad_x = grad_x if ctx.contiguous else grad_x.movedim(-1, 1)
+        grad_x = _cpu_as_map(keep.to(grad.dtype), grad.shape, ctx.contiguous)
         try:
             grad_x.mul_(grad)
         except RuntimeError:  # many gradients for the one mask, as vmap has them, do not fit into it
@@ -427,6 +437,12 @@ def _cpu_count(keep: Tensor) -> Tensor:
 def _cpu_in_memory(x: Tensor) -> Tensor:
     """The elements of a map that is contiguous, or has its channels last, in the order of memory, as a view."""
     return (x if x.is_contiguous() else x.movedim(1, -1)).view(-1)
+
+
+def _cpu_as_map(elements: Tensor, shape: Sequence[int], contiguous: bool) -> Tensor:
+    """The other way round: a map (N, C, H, W) of elements in the order of memory, as a view."""
+    n, channels, *size = shape
+    return elements.view(shape) if contiguous else elements.view(n, *size, channels).movedim(-1, 1)
 
 
 def _cpu_once(x: Tensor) -> Tensor:
