@@ -130,7 +130,8 @@ class Disout(nn.Module):
                 None: C over the weight's second dimension.
         Returns: tensor of x's shape and dtype; in evaluation x itself.
         Raises:
-            ValueError: x, or next_weight with these groups, is of no such shape.
+            ValueError: x, or next_weight with these groups, is of no such shape; in training, x is on another device
+                than the layer, which .to() moves.
             RuntimeError: under torch.func.vmap in training.
         """
         return distorted_map(self, x, next_weight, groups)
@@ -148,6 +149,8 @@ def distorted_map(layer: Disout, x: Tensor, next_weight: Tensor | None, groups: 
         raise ValueError(f"x must be floating-point, of 2 to 5 dimensions, not {x.dtype} {tuple(x.shape)}")
     if not layer.training or x.numel() == 0:
         return x
+    if layer._dist_prob.device != x.device:
+        raise ValueError(f"the layer is on {layer._dist_prob.device}, x on {x.device}: move the layer with .to()")
     transformed = under_torch_func(x)
     if transformed and torch.func.debug_unwrap(x, recurse=True).dim() > x.dim():
         raise RuntimeError("Disout has statistics of a whole batch: not under torch.func.vmap, take a loop instead")

@@ -1,12 +1,13 @@
 """torch.hub.load(REPO, NAME, source="local"), where NAME is a function of this file."""
 
+# Modules only are imported, no classes, as torch.hub.list() takes all that can be called for networks.
 import importlib.util
+import pathlib
 import sys
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent
+ROOT = pathlib.Path(__file__).resolve().parent
 
 # Under a name of its own, as whoever loads this may have a package `models` as well.
 MODELS = importlib.util.spec_from_file_location(
@@ -14,9 +15,7 @@ MODELS = importlib.util.spec_from_file_location(
 )
 sys.modules["disout_models"] = importlib.util.module_from_spec(MODELS)
 
-from disout_models.cnn import CNN
-from disout_models.regularizers import make_regularizer
-from disout_models.resnet_cifar import ResNet
+from disout_models import cnn, regularizers, resnet_cifar
 
 dependencies = ["torch", "torchvision"]
 
@@ -27,14 +26,15 @@ def resnet56_disout(
     dist_prob: float = 0.09,
     block_size: int = 6,
     alpha: float = 5.0,
-) -> ResNet:
+) -> resnet_cifar.ResNet:
     """ResNet-56 for 32 x 32 images with Disout in its last group, as train.py trains it; the defaults are the authors'
     for CIFAR-10.
 
     Raises:
         FileNotFoundError: pretrained weights are asked for, and none are published for so many classes.
     """
-    model = ResNet(56, num_classes, make_regularizer("disout", dist_prob, block_size, alpha, inside=False))
+    regularizer = regularizers.make_regularizer("disout", dist_prob, block_size, alpha, inside=False)
+    model = resnet_cifar.ResNet(56, num_classes, regularizer)
     if pretrained:
         path = ROOT / f"results/published/weights/cifar{num_classes}-resnet56-disout.pt"
         if not path.exists():
@@ -43,8 +43,8 @@ def resnet56_disout(
     return model
 
 
-def cnn_disout(num_classes: int = 10, dist_prob: float = 0.3, alpha: float = 500.0) -> CNN:
+def cnn_disout(num_classes: int = 10, dist_prob: float = 0.3, alpha: float = 500.0) -> cnn.CNN:
     """The plain CNN for 32 x 32 images with Disout after its two hidden linear layers, as train.py --model cnn trains
     it. There are no pretrained weights.
     """
-    return CNN(num_classes, make_regularizer("disout", dist_prob, 1, alpha, inside=False))
+    return cnn.CNN(num_classes, regularizers.make_regularizer("disout", dist_prob, 1, alpha, inside=False))

@@ -52,6 +52,8 @@ class Hook:
     def distorted(self, x: Any) -> Any:
         if isinstance(x, fx.Proxy):  # a second `attach` follows its maps
             return x
+        if isinstance(x, Tensor) and x.is_quantized:  # converted for use, though such modules say that they train
+            return x
         if not isinstance(x, Tensor):
             raise ValueError(f"{self.names}: only a map can be distorted, not a {type(x).__name__}")
         return self.layer(x, *self.weight_for(x)) if self.readers else self.layer(x)

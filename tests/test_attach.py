@@ -256,6 +256,21 @@ def test_quantization_aware_training_takes_the_hooks_along(network, x):
     assert not any(isinstance(hook, Hook) for hook in left)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's, that it moves to torchao
+def test_a_network_fused_and_converted_for_use_does_not_distort(x):
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3)]
+    network = nn.Sequential(quantization.QuantStub(), *layers, quantization.DeQuantStub()).train()
+    handle = attach(network, "3", 0.5, 3, 5.0)
+    quantization.fuse_modules_qat(network, ["1", "2", "3"], inplace=True)
+    network.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    quantization.prepare_qat(network, inplace=True)
+    network(x)
+    assert handle.layers["3"].distorted > 0
+    converted = quantization.convert(network.eval())
+    assert converted[1].training  # as convert() makes it
+    assert torch.equal(converted(x), converted(x))
+
+
 def test_layers_can_be_switched_off_on_their_own(network, x):
     handle = attach(network.train(), ["0", "3"], 0.5, 3, 5.0)
     for layer in handle.layers.values():

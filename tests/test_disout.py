@@ -413,6 +413,11 @@ def test_distort_leaves_its_arguments_alone(x):
     assert torch.equal(x, before)
 
 
+def test_a_layer_left_on_another_device_is_said(x):
+    with pytest.raises(ValueError, match=r"the layer is on cpu, x on meta: move the layer with \.to\(\)"):
+        Disout(0.3)(x.to("meta"))
+
+
 def test_a_layer_made_on_the_meta_device_takes_its_rate_again(x):
     with torch.device("meta"):
         layer = Disout(0.3, block_size=1)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import hubconf
 import train
 
 ROOT = Path(train.__file__).parent
@@ -36,7 +37,9 @@ def test_the_package_installs_modules_that_need_torch_alone(tmp_path):
     ]
 
 
-def test_the_hub_gives_the_networks(tmp_path, monkeypatch):
+def test_the_hub_gives_the_networks():
+    listed = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and name[0] != "_"]  # as torch.hub.list
+    assert listed == ["cnn_disout", "resnet56_disout"]
     model = torch.hub.load(str(ROOT), "resnet56_disout", source="local", num_classes=100)
     assert sum(parameter.numel() for parameter in model.parameters()) == 861_428
     assert [module.dist_prob for module in model.modules() if hasattr(module, "dist_prob")] == [0.09] * 18
