@@ -1,6 +1,7 @@
 """The paper's tables, with its figures beside ours: on the published page, and the first that ran in the README."""
 
 import csv
+import textwrap
 from typing import NamedTuple
 
 from cells import CONDITIONS, command_of, conditions, device_of, kind_of, markdown, minutes, paired_differences
@@ -90,12 +91,15 @@ def readme_table(published: dict[str, Published], runs: list[Run]) -> str:
             for kind in kinds or [""]:
                 there = one_a_seed([run for run in members[row] if kind_of(run) == kind])
                 figures = [spread(there, measure, "test_top1") for measure in (Run.best, Run.last)]
-                lines.append([f"{name} ({kind})" if len(kinds) > 1 else name, of_paper, *figures, str(len(there))])
-        ran = [run for there in members.values() for run in there]
-        devices = ", ".join(sorted({device_of(run.config) for run in ran}))
-        return (
-            f"{markdown(lines)}\n\n{devices}: {minutes(ran) / 60:.1f} hours a run (median). "
-            f"[Logs](results/published/{ran[0].study}) · `bash scripts/{script}.sh`, which ran\n"
-            f"`{command_of(ran[0])}`"
-        )
+                short = name.split(" (")[0]  # without what the page alone explains
+                lines.append([f"{short} ({kind})" if len(kinds) > 1 else short, of_paper, *figures, str(len(there))])
+        ran = [(row, run) for row, there in members.items() for run in there]
+        devices = "; ".join(sorted({device_of(run.config) for _, run in ran}))
+        row, first = ran[0]
+        # And the flags that the script was handed.
+        flags = [word for word in command_of(first).split() if word not in published[title][row][0].split()]
+        command = " ".join([f"bash scripts/{script}.sh", *flags])
+        text = f"{minutes([run for _, run in ran]) / 60:.1f} hours a run, {devices}. [Logs]"
+        text += f"(results/published/{first.study}) · `{command}`"
+        return "\n".join([markdown(lines), "", *textwrap.wrap(text, 120, break_on_hyphens=False)])
     return ""

@@ -59,7 +59,9 @@ class Difference(NamedTuple):
         return f"{self.mean:+.2f} ({self.mean - self.half_width:+.2f} to {self.mean + self.half_width:+.2f})"
 
     def in_words(self) -> str:
-        if self.half_width is None or abs(self.mean) <= self.half_width:
+        if self.half_width is None:
+            return "one seed"
+        if abs(self.mean) <= self.half_width:
             return "not significant"
         return "higher" if self.mean > 0 else "lower"
 
