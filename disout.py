@@ -17,7 +17,8 @@ Where the paper's formula went
 Two forms
     The plain form follows the class and is the formula as it stands on paper: some 30 kernels, and one byte an
     element kept for the backward pass. On a CPU, where every pass over the map counts, the second form draws the same
-    distribution with less work. Neither waits for the device, and a network with these layers compiles to one graph.
+    distribution with less work. Neither waits for the device, and a network with these layers compiles to one graph;
+    torch.func.grad of it to several.
 """
 
 import math
@@ -45,8 +46,8 @@ class Disout(nn.Module):
         dist_prob: share of the elements to distort, 0 to 1. Settable, so that a schedule can let it grow; give the
             final one here: a CPU draws for as many seeds as this one can bring, and a network is compiled for it.
             Above it there is room for the next of 1/32, 1/16, ... 1: up to twice as much is drawn, and a compiled
-            network compiles anew when a rate first passes one of these. Set it again after Module.to_empty(), and
-            after Module.half() or bfloat16(), which round it.
+            network compiles anew when a rate first passes one of these; an exported one never passes the first.
+            Module.half() and bfloat16() round it; set it again after Module.to_empty().
         block_size: side of a block, at least 1; cut to the map, per side, where the map is smaller.
         alpha: intensity of the distortion, at least 0.
         inside: keep even blocks wholly inside the map. The authors place the block of a seed in row i, for an even
@@ -132,7 +133,7 @@ class Disout(nn.Module):
         Raises:
             ValueError: x, or next_weight with these groups, is of no such shape; in training, x is on another device
                 than the layer, which .to() moves.
-            RuntimeError: under torch.func.vmap in training.
+            RuntimeError: torch.func.vmap maps x, in training.
         """
         return distorted_map(self, x, next_weight, groups)
 
@@ -145,9 +146,11 @@ class Disout(nn.Module):
 @fx.wrap
 def distorted_map(layer: Disout, x: Tensor, next_weight: Tensor | None, groups: int | None) -> Tensor:
     """What `layer` makes of its arguments."""
+    if not layer.training:
+        return x
     if not 2 <= x.dim() <= 5 or not x.is_floating_point():
         raise ValueError(f"x must be floating-point, of 2 to 5 dimensions, not {x.dtype} {tuple(x.shape)}")
-    if not layer.training or x.numel() == 0:
+    if x.numel() == 0:
         return x
     if layer._dist_prob.device != x.device:
         raise ValueError(f"the layer is on {layer._dist_prob.device}, x on {x.device}: move the layer with .to()")
@@ -257,7 +260,8 @@ def strength(next_weight: Tensor, signs: Tensor, groups: int | None = None) -> T
         expected = f"(out, C/groups, k, k) or (out, C) for C = {channels} and groups = {groups}"
         raise ValueError(f"next_weight must be {expected}, not {shape}")
     weight = next_weight.detach().float()
-    largest = weight.view(groups, -1, *shape[1:]).amax(dim=1).reshape(channels, -1)
+    # To the map's device, should the network be split between the two.
+    largest = weight.view(groups, -1, *shape[1:]).amax(dim=1).reshape(channels, -1).to(signs.device)
     s = (largest * signs.reshape(channels, -1)).mean(dim=1)
     return 0.1 * s if largest.shape[1] == 1 else s
 
@@ -394,7 +398,7 @@ class _CpuReplaced(torch.autograd.Function):
         values = values.to(x.dtype).expand(elements.shape).flatten()
         if torch.compiler.is_compiling():
             # Inductor cannot put the strides of a view in order where they are symbols, as with dynamic=True, so y must
-            # not be one. Compiled, this takes no longer.
+            # not be one.
             replaced = torch.empty_like(x)
             _cpu_in_memory(replaced).scatter_(0, elements.flatten(), values)
             return torch.where(_cpu_as_map(keep, x.shape, x.is_contiguous()) == 1, x / divisor, replaced)

@@ -129,7 +129,8 @@ class Handle:
                 f"the hooks of {', '.join(gone)} are gone, as these modules were exchanged: remove(), and attach again"
             )
         for name, hook in hooks.items():
-            if any(read.isdisjoint({id(reader), id(weight_of(reader))}) for reader in hook.readers):
+            # A parametrized weight is computed, and spectral_norm's changes, whenever it is asked for.
+            if any(id(reader) not in read and id(weight_of(reader)) not in read for reader in hook.readers):
                 raise RuntimeError(
                     f"what reads {name}, {self._readers[name]}, was exchanged: remove(), and attach again"
                 )
@@ -174,7 +175,7 @@ def attach(
         model: any network, as it will be trained: before it is compiled or wrapped for several processes, and after a
             layer of it is exchanged. It distorts where the Disout layer and the module that it follows are in training;
             for a batch norm, which is often frozen, the module that holds it counts in its place. Forward hooks
-            distort, which torch.fx drops and torch.jit.script refuses.
+            distort, which torch.fx drops and torch.jit.script refuses, and nn.DataParallel shares between devices.
         where: names of modules, or globs such as "layer[34].*.conv?". Each must be called once in a forward, and
             return a map (N, C, ...), or (N, ..., C) as linear and recurrent layers do.
         dist_prob, block_size, alpha: of each Disout.
@@ -218,7 +219,8 @@ def attach(
             layers = [modules[piece.name if piece else str(given[name])] for piece in pieces]
             reader = str(found.get(name) or given[name] or "no reader")
             layer = Disout(dist_prob, block_size, alpha, features_last=last).train(model.training)
-            layer.to(device_of(modules[name]) or device_of(model))
+            places = [device_of(module) for module in (modules[name], *layers, model)]
+            layer.to(next(filter(None, places), None))
             parent = modules[name.rpartition(".")[0]]
             batch_norm = isinstance(modules[name], BATCH_NORMS)
             host = host_of(modules[name], parent, model)

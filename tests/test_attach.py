@@ -271,6 +271,21 @@ def test_a_network_fused_and_converted_for_use_does_not_distort(x):
     assert torch.equal(converted(x), converted(x))
 
 
+def test_asking_whether_readers_were_exchanged_computes_no_weight(x):
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 4, 3)))
+    handle = attach(network.train(), "0", 0.5, 3, 5.0)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    handle.set_dist_prob(0.3)  # each time that the weight is computed changes spectral_norm's buffers
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_layer_after_a_module_without_weights_is_on_its_readers_device():
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    network[2].to("meta")  # a network that is split behind its first layer
+    [layer] = attach(network, "1", 0.5).layers.values()
+    assert layer.distorted.device.type == "meta"
+
+
 def test_layers_can_be_switched_off_on_their_own(network, x):
     handle = attach(network.train(), ["0", "3"], 0.5, 3, 5.0)
     for layer in handle.layers.values():

@@ -236,6 +236,8 @@ def test_alpha_zero_is_dropblock(x):
 def test_evaluation_is_the_identity(x):
     layer = Disout(0.5).eval()
     assert layer(x) is x
+    whole = torch.arange(8)  # as maps are in a quantized network
+    assert layer(whole) is whole
     assert layer.distorted == 0
 
 
@@ -416,6 +418,12 @@ def test_distort_leaves_its_arguments_alone(x):
 def test_a_layer_left_on_another_device_is_said(x):
     with pytest.raises(ValueError, match=r"the layer is on cpu, x on meta: move the layer with \.to\(\)"):
         Disout(0.3)(x.to("meta"))
+
+
+def test_a_weight_on_another_device_than_the_map_is_read(monkeypatch):
+    monkeypatch.setattr(disout, "for_cpu", lambda x: False)  # as on any other device
+    x, layer = torch.zeros(2, 8, 6, 6, device="meta"), Disout(0.3).to("meta")
+    assert layer(x, torch.randn(4, 8, 3, 3)).device == x.device
 
 
 def test_a_layer_made_on_the_meta_device_takes_its_rate_again(x):

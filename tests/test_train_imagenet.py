@@ -61,6 +61,7 @@ def signal_all(process):
 def test_compiled_training_in_bfloat16_has_two_graphs(flags, graphs, tmp_path):
     """One for the training's batches and one for the evaluation's."""
     train_imagenet.main(flags("compiled", "--compile", "--amp", "--dist_prob", "0.1", "--batch_size", "21"))
+    assert torch.are_deterministic_algorithms_enabled()
     assert graphs.frame_count == 2
     rows, config = metrics(tmp_path / "compiled"), read_json(tmp_path / "compiled/config.json")
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]

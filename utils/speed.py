@@ -20,6 +20,7 @@ def set_up(threads: int | None, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # that is for finding bugs
     # A compiled network draws torch's own random numbers: as eager runs do, and on a CPU faster than one at a time.
     torch._inductor.config.fallback_random = True
     keep_freed_memory()
