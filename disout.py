@@ -18,7 +18,8 @@ Two forms
     The plain form follows the class and is the formula as it stands on paper: some 30 kernels, and one byte an
     element kept for the backward pass. On a CPU, where every pass over the map counts, the second form draws the same
     distribution with less work. Neither waits for the device, and a network with these layers compiles to one graph;
-    torch.func.grad of it to several.
+    torch.func.grad of it to several. Compiled for several threads of a CPU, the same seed gives the same bits only
+    with torch.use_deterministic_algorithms(True), as blocks overlap.
 """
 
 import math

@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,20 @@ def test_compilation_that_fails_is_one_line(run, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert stop.value.code == 1
     assert message.count("\n") == 1 and "--compile" in message and "no compiler" in message
+
+
+def test_a_signal_that_ends_the_compiler_too_stops_the_run(run, monkeypatch, capsys):
+    def killed(*_):
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("C++ compile error")
+
+    compile_for_real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_for_real(*args, backend=killed, **kwargs))
+    with pytest.raises(SystemExit) as stop:
+        run_script("train.py", lambda argv: run(*argv), [*SHORT, "--compile"])
+    assert stop.value.code == 130
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "stopped by SIGINT; the same command with --resume" in message
 
 
 def test_amp_learns_in_bfloat16_and_keeps_float32(run):

@@ -4,13 +4,15 @@ import signal
 import time
 from types import FrameType
 
+import torch
+
 from utils.processes import largest
 
 AT_ONCE = 2.0  # seconds: a scheduler signals torchrun and its processes, and torchrun hands the signal on to them
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and it has saved."""
+    """A signal asked the run to stop, and it has saved, unless it was still being compiled."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -35,9 +37,12 @@ class Interruptions:
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object = None, error: BaseException | None = None, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        # Ctrl-C also ends the C++ compiler that torch has started.
+        if self.noted and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise Stopped(self.noted) from error
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         if not self.noted:
