@@ -95,8 +95,7 @@ def main(argv: list[str]) -> None:
     if launch()[1] > 1:
         raise UsageError("train.py is for one process: start it with python, not torchrun")
     folder = check_folder(args, settings, defaults)
-    # On a CPU, what is compiled scatters with all threads at once, in any order, unless told not to.
-    set_up(args.threads, args.deterministic or (args.compile and args.device.type == "cpu"))
+    set_up(args.threads, args.deterministic, args.compile and args.device.type == "cpu")
     if args.resume and not args.evaluate and (folder / "summary.json").exists():
         say_complete(folder)
         return

@@ -69,8 +69,7 @@ def main(argv: list[str]) -> None:
     folder = check_folder(args, settings, defaults)
     device = join(args.device)
     rank, world = processes()
-    # On a CPU, what is compiled scatters with all threads at once, in any order, unless told not to.
-    set_up(args.threads, args.deterministic or (args.compile and device.type == "cpu"))
+    set_up(args.threads, args.deterministic, args.compile and device.type == "cpu")
     if args.resume and not args.evaluate and (folder / "summary.json").exists():
         if rank == 0:
             say_complete(folder)

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data", help="photographs for the loader (default: generated ones)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     args = parser.parse_args(argv)
-    set_up(args.threads, deterministic=False)
+    set_up(args.threads, deterministic=False, compiled_for_cpu=not args.eager and args.device.type == "cpu")
     device = args.device
     machine = f"{device_name(device)}, torch {torch.__version__}"
     machine += f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""

@@ -106,7 +106,7 @@ def write(path: Path, texts: list[str]) -> None:
 def with_table(readme: str, table: str) -> str:
     """The README with this between its markers."""
     before, rest = readme.split(MARKERS[0])
-    return before + MARKERS[0] + (f"\n{table}\n\n" if table else "") + MARKERS[1] + rest.split(MARKERS[1])[1]
+    return before + MARKERS[0] + (f"{table}\n" if table else "") + MARKERS[1] + rest.split(MARKERS[1])[1]
 
 
 def in_order(studies: set[str]) -> list[str]:

@@ -11,7 +11,7 @@ import torch._inductor.config
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
-def set_up(threads: int | None, deterministic: bool) -> None:
+def set_up(threads: int | None, deterministic: bool, compiled_for_cpu: bool) -> None:
     """`threads` for operations on the CPU (None: torch's choice), cuDNN's fastest algorithm for each shape, or only
     algorithms that give the same bits again, and memory that is used again."""
     if threads:
@@ -19,7 +19,8 @@ def set_up(threads: int | None, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
-    torch.use_deterministic_algorithms(deterministic)
+    # On a CPU, what is compiled scatters with all threads at once, in any order, unless told not to.
+    torch.use_deterministic_algorithms(deterministic or compiled_for_cpu)
     torch.utils.deterministic.fill_uninitialized_memory = False  # that is for finding bugs
     # A compiled network draws torch's own random numbers: as eager runs do, and on a CPU faster than one at a time.
     torch._inductor.config.fallback_random = True
