@@ -64,6 +64,22 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     return args, *run_settings(args, parser)
 
 
+def evaluate_file(args: argparse.Namespace, device: torch.device) -> None:
+    """--evaluate: prints the accuracy on val/, whose folders are the classes."""
+    rank, world = processes()
+    test = photographs.load_part(
+        args.data, "val", photographs.test_transform(args.image_size), args.seed, args.skip_corrupt
+    )
+    keys = photographs.test_keys(len(test), max(args.batch_size // (world * args.accumulate_steps), 1), rank, world)
+    loader = photographs.make_loader(test, keys, args.workers, device)
+    model = ResNet50(len(test.images.classes))
+    model.to(device, memory_format=torch.channels_last)
+    load_weights(Path(args.evaluate), model)
+    scores = evaluate(model, photographs.on_device(loader, device), args.amp)
+    if rank == 0:
+        print(f"{args.evaluate}: top1 {scores['test_top1']:.2f} %, top5 {scores['test_top5']:.2f} % (test)")
+
+
 def main(argv: list[str]) -> None:
     args, settings, defaults = parse_arguments(argv)
     folder = check_folder(args, settings, defaults)
@@ -76,10 +92,15 @@ def main(argv: list[str]) -> None:
         leave()
         return
 
+    if args.evaluate:
+        evaluate_file(args, device)
+        leave()
+        return
+
     # Data
     train, test = photographs.load(args.data, args.augment, args.image_size, args.seed, args.skip_corrupt)
     parts = world * args.accumulate_steps
-    if not args.evaluate and len(train) < 2 * parts:
+    if len(train) < 2 * parts:
         raise UsageError(f"--data: {len(train)} training images are fewer than two a part of a batch ({parts})")
     sizes = step_sizes(len(train), args.batch_size, smallest=2 * parts)
     sampler = photographs.EpochSampler(sizes, args.accumulate_steps, args.seed, rank, world)
@@ -90,15 +111,8 @@ def main(argv: list[str]) -> None:
     # Network
     torch.manual_seed(args.seed)
     regularizer = make_regularizer(args.method, args.dist_prob, args.block_size, args.alpha, args.inside)
-    model = ResNet50(len(train.classes), regularizer)
+    model = ResNet50(len(train.images.classes), regularizer)
     model.to(device, memory_format=torch.channels_last)
-    if args.evaluate:
-        load_weights(Path(args.evaluate), model)
-        scores = evaluate(model, photographs.on_device(test_loader, device), args.amp)
-        if rank == 0:
-            print(f"{args.evaluate}: top1 {scores['test_top1']:.2f} %, top5 {scores['test_top5']:.2f} % (test)")
-        leave()
-        return
     if args.init and not has_checkpoint(folder):
         load_weights(Path(args.init), model)
 
@@ -127,7 +141,9 @@ def main(argv: list[str]) -> None:
 
     # Loop; the first process writes
     lock = lock_folder(folder) if rank == 0 else None
-    checkpoints = Checkpoints(folder, settings, defaults)
+    lists = {"train": train.images, "val": test.images}
+    images = {part: (len(listed), listed.fingerprint) for part, listed in lists.items()}
+    checkpoints = Checkpoints(folder, settings, defaults, images)
     progress = checkpoints.load(model, optimizer)
     command = ["train_imagenet.py", *argv]
     recorder = Recorder(folder, settings, command, device, "test", checkpoints, progress) if rank == 0 else None

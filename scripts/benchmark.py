@@ -38,7 +38,6 @@ from utils.engine import Schedule, train_epoch
 from utils.failures import run_script
 from utils.flags import Parser, number, usable_device
 from utils.record import device_name, git_commit, write_json
-from utils.schedules import step_sizes
 from utils.speed import set_up
 
 WORKERS = 2
@@ -239,14 +238,15 @@ class Resized(Dataset):
 def loader(folder: str | Path) -> list[Row]:
     """train_imagenet.py's loader against plain decoding and resizing, an epoch each of about 192 photographs."""
     train, _ = photographs.load(folder, "standard", 224, seed=0, skip_corrupt=False)
-    train.samples = train.samples[:: max(len(train.samples) // PHOTOGRAPHS, 1)]
-    sizes = step_sizes(len(train), 32)
-    ours = photographs.make_loader(train, photographs.EpochSampler(sizes, 1, 0, 0, 1), WORKERS, torch.device("cpu"))
-    plain = DataLoader(Resized([path for path, _ in train.samples]), 32, num_workers=WORKERS, persistent_workers=True)
+    indices = range(len(train))[:: max(len(train) // PHOTOGRAPHS, 1)]
+    keys = [[(0, index) for index in indices[start : start + 32]] for start in range(0, len(indices), 32)]
+    ours = photographs.make_loader(train, keys, WORKERS, torch.device("cpu"))
+    paths = [train.images[index][0] for index in indices]
+    plain = DataLoader(Resized(paths), 32, num_workers=WORKERS, persistent_workers=True)
     times = interleave({"ours": lambda: sum(1 for _ in ours), "plain": lambda: sum(1 for _ in plain)}, 5)
     name = f"loader, {WORKERS} workers"
     return [
-        report(f"{name}: images a second", [sum(sizes) / seconds for seconds in times["ours"]]),
+        report(f"{name}: images a second", [len(indices) / seconds for seconds in times["ours"]]),
         report(f"{name}: against decoding and resizing", ratios(times, "plain", "ours"), at_least=0.9),
     ]
 

@@ -1,6 +1,10 @@
+import errno
+import os
+import re
 import shutil
 import struct
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,7 +43,7 @@ def test_a_broken_avif_is_an_image_that_cannot_be_read(photographs_folder, load,
     path.write_bytes(content[:96] + b"\xff" * 8 + content[104:])
     with pytest.raises(RuntimeError), Image.open(path) as image:
         image.load()
-    broken = next(index for index, (name, _) in enumerate(load()[0].samples) if name.endswith("red/06.jpg"))
+    broken = next(index for index, (name, _) in enumerate(load()[0].images) if name.endswith("red/06.jpg"))
     with pytest.raises(ImageError, match=r"red/06.jpg cannot be read \(.+\); --resume --skip_corrupt"):
         load(folder=folder)[0][0, broken]
     assert load(folder=folder, skip_corrupt=True)[0][0, broken][1] == photographs.SKIPPED
@@ -154,23 +158,57 @@ def test_an_image_that_is_too_large_to_trust_is_one_that_cannot_be_read(load, mo
         epoch_of(load()[0], [21])
 
 
-def test_hidden_files_and_folders_are_no_images_and_no_classes(load, photographs_folder, tmp_path):
-    folder = shutil.copytree(photographs_folder, tmp_path / ".hidden/copied")  # what lies above is not looked at
-    for part in ("train", "val"):
-        (folder / part / "red/._00.jpg").write_bytes(b"a Mac's")
-        (folder / part / ".DS_Store").touch()
-        for hidden in (".ipynb_checkpoints", "red/.AppleDouble"):
-            (folder / part / hidden).mkdir()
-            shutil.copy(folder / part / "red/00.jpg", folder / part / hidden)
-    for seen, expected in zip(load(folder=folder), load(), strict=True):
-        assert seen.classes == expected.classes == ["blue", "red"]
-        assert [(path.split("/copied/")[1], label) for path, label in seen.samples] == [
-            (path.split("/photographs0/")[1], label) for path, label in expected.samples
-        ]
-    shutil.rmtree(folder / "val")
-    (folder / "val/.blue").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="val: Couldn't find any class folder"):
-        load(folder=folder)
+def test_what_the_file_system_does_not_give_is_no_corrupt_image(load, monkeypatch):
+    train, _ = load(skip_corrupt=True)
+    path, tries, pauses = train.images[0][0], [], []
+    monkeypatch.setattr(photographs.time, "sleep", pauses.append)
+    read_bytes = Path.read_bytes
+
+    def fail(code, times):
+        def fail_first(path):
+            tries.append(path)
+            if len(tries) <= times:
+                raise OSError(code, os.strerror(code))  # of read(), which does not name the file
+            return read_bytes(path)
+
+        tries.clear()
+        monkeypatch.setattr(Path, "read_bytes", fail_first)
+
+    for code in (errno.EMFILE, errno.ENOMEM, errno.EACCES, errno.ENOENT, errno.ENODEV):
+        fail(code, 1)
+        with pytest.raises(OSError, match=re.escape(f"{path} cannot be read ({os.strerror(code)})")) as caught:
+            train[0, 0]
+        assert type(caught.value) is OSError and "skip_corrupt" not in str(caught.value)
+    assert not pauses
+    for code in (errno.ESTALE, errno.EIO, errno.ETIMEDOUT):
+        fail(code, 2)
+        assert train[0, 0][1] != photographs.SKIPPED and len(tries) == 3
+        fail(code, 99)
+        with pytest.raises(OSError, match=re.escape(os.strerror(code))):
+            train[0, 0]
+        assert 3 < len(tries) < 9
+    assert 2 < sum(pauses) / 3 < 20
+
+
+def test_memory_that_runs_out_makes_no_image_corrupt(load, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(MemoryError):
+        load(skip_corrupt=True)[0][0, 0]
+
+
+def test_folders_that_a_system_left_are_counted_in_one_line(load, photographs_folder, tmp_path, capsys):
+    folder = shutil.copytree(photographs_folder, tmp_path / "copied")
+    load(folder=folder)
+    assert capsys.readouterr().err == ""
+    for name in ("__MACOSX", "red/@eaDir", "blue/@eaDir"):
+        shutil.copytree(folder / "val/red", folder / "train" / name)
+    assert [len(part) for part in load(folder=folder)] == [21, 11]
+    assert capsys.readouterr().err == (
+        f"{folder}/train: passed over 3 folders that a system left there (@eaDir, __MACOSX)\n"
+    )
 
 
 @pytest.fixture

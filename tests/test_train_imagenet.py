@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, read_json, same, without_times
+from conftest import metrics, read_json, same, stop_at, without_times
 
 import train_imagenet
 from models.resnet_imagenet import ResNet50
 from utils import photographs
-from utils.checkpoint import load_weights
+from utils.checkpoint import CheckpointError, load_weights
 from utils.engine import evaluate
 from utils.failures import run_script
 
@@ -151,3 +151,72 @@ def test_a_folder_without_an_image_that_can_be_read_is_one_line(flags, photograp
         run_script("train_imagenet.py", train_imagenet.main, arguments)
     assert stop.value.code == 1
     assert capsys.readouterr().err == "train_imagenet.py: none of the images to evaluate on can be read\n"
+
+
+def test_a_run_goes_on_with_the_images_that_it_began_with_alone(
+    flags, photographs_folder, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(photographs_folder, tmp_path / "photographs")
+    arguments = flags("run", "--epochs", "2", "--data", str(folder), "--resume")
+    stop_at(monkeypatch, "utils.engine.seed_for", 5)  # of three steps an epoch
+    with pytest.raises(KeyboardInterrupt):
+        train_imagenet.main(arguments)
+    checkpoint = tmp_path / "run/checkpoint.pt"
+    before = checkpoint.read_bytes()
+
+    def refused():
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_script("train_imagenet.py", train_imagenet.main, arguments)
+        message = capsys.readouterr().err
+        assert (stop.value.code, message.count("\n"), checkpoint.read_bytes() == before) == (1, 1, True)
+        return message
+
+    shutil.copy(folder / "train/red/00.jpg", folder / "train/red/99.jpg")
+    assert "other images (train/: 21, now 22): put them back, or give another --name, with --init" in refused()
+    (folder / "train/red/00.jpg").unlink()
+    (folder / "val/blue/01.jpg").unlink()
+    assert "(train/: 21, now 21 of other names, val/: 11, now 10)" in refused()
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.symlink_to(photographs_folder)
+    torch.save(torch.load(checkpoint) | {"images": {}}, tmp_path / "older.pt")
+    train_imagenet.main([*arguments, "--data", str(elsewhere)])
+    assert [row["epoch"] for row in metrics(tmp_path / "run")] == [1, 2]
+
+    (tmp_path / "older.pt").rename(checkpoint)  # of a run that had no list
+    (tmp_path / "run/summary.json").unlink()
+    train_imagenet.main(arguments)
+
+
+def test_evaluate_needs_the_images_to_evaluate_on_alone(flags, photographs_folder, tmp_path, capsys):
+    torch.save(ResNet50(2).state_dict(), tmp_path / "two.pt")
+    torch.save(ResNet50(3).state_dict(), tmp_path / "three.pt")
+    shutil.copytree(photographs_folder / "val", tmp_path / "alone/val")
+    lines = []
+    for folder in (photographs_folder, tmp_path / "alone"):
+        train_imagenet.main(flags("run", "--evaluate", str(tmp_path / "two.pt"), "--data", str(folder)))
+        lines.append(capsys.readouterr().out)
+    assert lines[0] == lines[1] and "top1" in lines[0]
+    with pytest.raises(CheckpointError, match="other classes"):
+        train_imagenet.main(flags("run", "--evaluate", str(tmp_path / "three.pt"), "--data", str(folder)))
+
+
+def test_an_image_that_vanishes_is_named_and_no_dead_worker(flags, photographs_folder, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(photographs_folder, tmp_path / "photographs")
+    load = photographs.load
+
+    def load_and_remove(*args):
+        parts = load(*args)
+        (folder / "train/red/06.jpg").unlink()
+        return parts
+
+    monkeypatch.setattr(photographs, "load", load_and_remove)
+    with pytest.raises(SystemExit) as stop:
+        arguments = flags("run", "--data", str(folder), "--workers", "1", "--skip_corrupt")
+        run_script("train_imagenet.py", train_imagenet.main, arguments)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == (
+        f"train_imagenet.py: {folder}/train/red/06.jpg cannot be read (No such file or directory): "
+        "--resume goes on when it can\n"
+    )

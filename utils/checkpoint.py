@@ -29,6 +29,10 @@ class CheckpointError(Exception):
     """A file that is no checkpoint, or not of this run."""
 
 
+class OtherImages(CheckpointError):
+    """The images are not those that the run began with."""
+
+
 class Progress(NamedTuple):
     """How far a run is: learning rate, dist_prob, order and all seeds follow from it."""
 
@@ -44,16 +48,31 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 class Checkpoints:
-    """checkpoint.pt in a run's folder, and checkpoint_previous.pt, which was written before it."""
+    """checkpoint.pt in a run's folder, and checkpoint_previous.pt, which was written before it.
 
-    def __init__(self, folder: Path, settings: dict[str, object], defaults: dict[str, object]) -> None:
+    Args:
+        folder: the run's.
+        settings: of the run, flat, under the flags' names.
+        defaults: of these.
+        images: of each part of an image folder the number and the fingerprint of its list, on which the order within
+            an epoch depends; {} where no folder is listed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, object],
+        defaults: dict[str, object],
+        images: dict[str, tuple[int, str]] | None = None,
+    ) -> None:
         self.last, self.previous = (folder / name for name in NAMES)
-        self.settings, self.defaults = fixed_settings(settings), defaults
+        self.settings, self.defaults, self.images = fixed_settings(settings), defaults, images or {}
         self.last_is_good = False
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """A kill leaves at least one of the two files, whole. A file that could not be read takes nobody's place."""
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": self.settings}
+        state |= {"images": self.images} if self.images else {}
         state |= progress._asdict() | {"rows": list(progress.rows)}
         with replacing(self.last, self.previous if self.last_is_good else None) as partial:
             write(partial, state)
@@ -65,12 +84,15 @@ class Checkpoints:
 
         Raises:
             CheckpointError: there are some, and none is good; says what is wrong with the newest.
+            OtherImages: it is good, but the images have changed since.
         """
         problems = []
         for path in (self.last, self.previous):
             if path.exists():
                 try:
                     progress = self._read(path, model, optimizer)
+                except OtherImages:
+                    raise
                 except CheckpointError as error:
                     problems.append(str(error))
                     continue
@@ -87,6 +109,11 @@ class Checkpoints:
         try:
             if changed := changed_settings(state["settings"], self.settings, self.defaults):
                 raise CheckpointError(f"{path} is of a run with other settings ({', '.join(changed)})")
+            if changed := changed_images(state.get("images", {}), self.images):
+                raise OtherImages(
+                    f"{path.parent} was started with other images ({', '.join(changed)}): put them back, or give "
+                    f"another --name, with --init {path} to start from this run's weights"
+                )
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             return Progress(state["step"], tuple(state["rows"]), state["totals"], state["seconds"])
@@ -148,7 +175,9 @@ def reason(error: Exception) -> str:
 
 
 def fixed_settings(settings: dict[str, object]) -> dict[str, object]:
-    return {flag: value for flag, value in settings.items() if flag not in PLACES}
+    """Those that stay. The name of an image folder is a place as the folder is: which images it holds is compared."""
+    places = (*PLACES, "dataset") if "data" in settings else PLACES
+    return {flag: value for flag, value in settings.items() if flag not in places}
 
 
 def changed_settings(before: dict[str, object], settings: dict[str, object], defaults: dict[str, object]) -> list[str]:
@@ -159,4 +188,13 @@ def changed_settings(before: dict[str, object], settings: dict[str, object], def
         f"{flag}: {had.get(flag)} -> {value}"
         for flag, value in fixed_settings(settings).items()
         if had.get(flag) != value
+    ]
+
+
+def changed_images(before: dict[str, tuple[int, str]], images: dict[str, tuple[int, str]]) -> list[str]:
+    """'train/: 24, now 25' for each part whose list is another. A checkpoint that is older than this has no lists."""
+    return [
+        f"{part}/: {before[part][0]}, now {images[part][0]}" + " of other names" * (before[part][0] == images[part][0])
+        for part in before
+        if before[part] != images[part]
     ]

@@ -29,7 +29,9 @@ def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) 
         sys.exit(2)
     except (OSError, CheckpointError, ImageError) as error:
         said = str(error) or type(error).__name__
-        line = said.splitlines()[-1].split("ImageError: ")[-1]  # also out of a worker's traceback
+        line = said.splitlines()[-1]
+        if said.startswith("Caught "):  # in a worker: a traceback, which ends with the error's type and text
+            line = line.partition(": ")[2]
         print(f"{script}: {line}", file=sys.stderr)
         sys.exit(1)
     except Diverged as error:
@@ -42,6 +44,12 @@ def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) 
         sys.exit(error.exit_code)
     except WorkerDied:
         print(f"{script}: {WORKER_DIED}", file=sys.stderr)
+        sys.exit(1)
+    except MemoryError:
+        print(
+            f"{script}: there is not enough memory: fewer --workers or a smaller --batch_size need less",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except torch.OutOfMemoryError as error:
         line = str(error).split(". ")[0]

@@ -4,8 +4,12 @@ A sample's augmentation is a function of (seed, epoch, index) alone, which the s
 same whatever the number of workers and processes.
 """
 
+import errno
+import io
 import os
 import signal
+import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,17 +20,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import v2
 
 from utils.files import ImageError
+from utils.image_list import ImageList
+from utils.processes import is_first
 from utils.schedules import seed_for
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 GREY = tuple(round(255 * mean) for mean in MEAN)  # what normalising turns into 0
 SKIPPED = -100  # label of an image that could not be read: no loss and no accuracy counts it
+
+# What a network file system fails with in passing, and the seconds before each further try
+PASSING, PAUSES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}, (0.2, 1.0, 3.0)
 
 AUGMENTS = ("none", "standard", "cutout", "autoaugment")
 
@@ -35,45 +42,28 @@ class WorkerDied(Exception):
     """One of the loader's workers ended in the middle of its work."""
 
 
-class VisibleFolder(ImageFolder):
-    """Without hidden files and folders, such as the ._A.JPEG that a Mac puts beside A.JPEG, or .ipynb_checkpoints."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(
-            folder, is_valid_file=lambda path: is_image_file(path) and "/." not in path.removeprefix(str(folder))
-        )
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        classes = sorted(path.name for path in Path(directory).glob("[!.]*") if path.is_dir())
-        if not classes:
-            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
-        return classes, {name: label for label, name in enumerate(classes)}
-
-
 class Photographs(Dataset):
     """Under the key (epoch, index): uint8 (3, size, size) and the label.
 
     Raises:
-        ImageError: naming the file that cannot be read. With `skip_corrupt` a grey image takes its place in the batch,
+        ImageError: naming the file that holds no image. With `skip_corrupt` a grey image takes its place in the batch,
             under the label SKIPPED.
+        OSError: naming the file that the file system does not give.
     """
 
     def __init__(self, folder: Path, transform: v2.Transform, seed: int, skip_corrupt: bool) -> None:
-        try:
-            found = VisibleFolder(folder)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{folder}: {str(error).split('. ')[0]}") from None
-        self.samples, self.classes = found.samples, found.classes
+        self.images = ImageList(folder)
         self.transform, self.seed, self.skip_corrupt = transform, seed, skip_corrupt
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.images)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        path, label = self.samples[index]
+        path, label = self.images[index]
+        content = read_bytes(path)
         try:
-            image = to_rgb(decoded(path))
+            image = to_rgb(decoded(content))
         except ImageError as error:
             if not self.skip_corrupt:
                 raise ImageError(
@@ -85,15 +75,32 @@ class Photographs(Dataset):
             return self.transform(image), label
 
 
-def decoded(path: str) -> Image.Image:
+def read_bytes(path: str) -> bytes:
+    """What the file holds. What a network file system fails with in passing is tried again for some seconds.
+
+    Raises:
+        OSError: naming the file. None of OSError's own subclasses, which a loader's worker raises as it dies.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            if pause is None or error.errno not in PASSING:
+                raise OSError(f"{path} cannot be read ({error.strerror}): --resume goes on when it can") from None
+            time.sleep(pause)
+
+
+def decoded(content: bytes) -> Image.Image:
     """Raises ImageError, in one line, whatever the decoder raises: on broken bytes Pillow's raise RuntimeError (AVIF),
-    SyntaxError (PNG), EOFError and struct.error, too."""
+    SyntaxError (PNG), EOFError and struct.error, too. Where memory runs out, MemoryError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of EXIF that is broken, which nothing reads
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(content)) as image:
                 image.load()
                 return image
+    except MemoryError:
+        raise
     except Exception as error:
         raise ImageError(" ".join(str(error).split()) or type(error).__name__) from None
 
@@ -136,20 +143,33 @@ def load(
     """Training and test images of the folder `data`: train/CLASS/* and val/CLASS/*.
 
     Raises:
-        FileNotFoundError: a folder is missing or has no image, or the classes of train/ and val/ differ.
+        FileNotFoundError: as `load_part`; or the classes of train/ and val/ differ.
     """
-    for folder in (Path(data, "train"), Path(data, "val")):
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"there is no folder {folder}: --data names the one that holds train/CLASS and val/CLASS"
-            )
-    train = Photographs(Path(data, "train"), train_transform(augmentation, size), seed, skip_corrupt)
-    test = Photographs(Path(data, "val"), test_transform(size), seed, skip_corrupt)
-    if apart := sorted(set(train.classes) ^ set(test.classes)):
+    train = load_part(data, "train", train_transform(augmentation, size), seed, skip_corrupt)
+    test = load_part(data, "val", test_transform(size), seed, skip_corrupt)
+    if apart := sorted(set(train.images.classes) ^ set(test.images.classes)):
         raise FileNotFoundError(
             f"{data}: train/ and val/ must have the same folders of classes, and {apart[0]} is in one"
         )
     return train, test
+
+
+def load_part(data: str | Path, part: str, transform: v2.Transform, seed: int, skip_corrupt: bool) -> Photographs:
+    """The images of `data`/`part`. The first process says which folders of other programs were passed over.
+
+    Raises:
+        FileNotFoundError: the folder, or a class in it, or a class's image is missing.
+    """
+    folder = Path(data, part)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {folder}: --data names the one that holds train/CLASS and val/CLASS"
+        )
+    photographs = Photographs(folder, transform, seed, skip_corrupt)
+    if (left := photographs.images.passed_over) and is_first():
+        names = ", ".join(sorted(set(left)))
+        print(f"{folder}: passed over {len(left)} folders that a system left there ({names})", file=sys.stderr)
+    return photographs
 
 
 def train_transform(augment: str, size: int) -> v2.Transform:
