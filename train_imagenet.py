@@ -17,18 +17,20 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models.regularizers import make_regularizer, regularizer_layers
 from models.resnet_imagenet import ResNet50
 from utils import photographs
+from utils.agreement import Parts, agree
 from utils.checkpoint import Checkpoints, Progress, has_checkpoint, load_weights
 from utils.engine import Schedule, evaluate, train_epoch
 from utils.failures import run_script
 from utils.files import lock_folder
 from utils.flags import Parser, UsageError, add_shared_flags, check_folder, launch, number, run_settings
 from utils.interruptions import Interruptions
-from utils.processes import join, leave, processes, share_buffers
+from utils.processes import first_does, is_first, join, leave, processes, share
 from utils.record import Recorder, say_complete
 from utils.schedules import IMAGENET_DECAY, dist_prob_at, lr_at, step_sizes
 from utils.speed import set_up
@@ -64,57 +66,66 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     return args, *run_settings(args, parser)
 
 
-def evaluate_file(args: argparse.Namespace, device: torch.device) -> None:
+def find(args: argparse.Namespace, settings: dict[str, object], defaults: dict[str, object]) -> Parts | None:
+    """Looks at the files: the images of train/ and val/, or, to evaluate, of val/; None where the run is complete."""
+    if is_first():  # it alone reads and writes the run's folder
+        folder = check_folder(args, settings, defaults)
+        if args.resume and not args.evaluate and (folder / "summary.json").exists():
+            return None
+    if args.evaluate:
+        transform = photographs.test_transform(args.image_size)
+        return {"val": photographs.load_part(args.data, "val", transform, args.seed, args.skip_corrupt)}
+    train, test = photographs.load(args.data, args.augment, args.image_size, args.seed, args.skip_corrupt)
+    if len(train) < (least := 2 * args.processes * args.accumulate_steps):
+        raise UsageError(f"--data: {len(train)} training images are fewer than two a part of a batch ({least // 2})")
+    return {"train": train, "val": test}
+
+
+def evaluate_file(args: argparse.Namespace, test: photographs.Photographs, device: torch.device) -> None:
     """--evaluate: prints the accuracy on val/, whose folders are the classes."""
-    rank, world = processes()
-    test = photographs.load_part(
-        args.data, "val", photographs.test_transform(args.image_size), args.seed, args.skip_corrupt
-    )
-    keys = photographs.test_keys(len(test), max(args.batch_size // (world * args.accumulate_steps), 1), rank, world)
-    loader = photographs.make_loader(test, keys, args.workers, device)
     model = ResNet50(len(test.images.classes))
     model.to(device, memory_format=torch.channels_last)
-    load_weights(Path(args.evaluate), model)
-    scores = evaluate(model, photographs.on_device(loader, device), args.amp)
-    if rank == 0:
+    first_does(partial(load_weights, Path(args.evaluate), model))
+    share(model.state_dict().values())
+    scores = evaluate(model, photographs.on_device(make_test_loader(args, test, device), device), args.amp)
+    if is_first():
         print(f"{args.evaluate}: top1 {scores['test_top1']:.2f} %, top5 {scores['test_top5']:.2f} % (test)")
+
+
+def make_test_loader(args: argparse.Namespace, test: photographs.Photographs, device: torch.device) -> DataLoader:
+    batch_size = max(args.batch_size // (args.processes * args.accumulate_steps), 1)
+    keys = photographs.test_keys(len(test), batch_size, *processes())
+    return photographs.make_loader(test, keys, args.workers, device)
 
 
 def main(argv: list[str]) -> None:
     args, settings, defaults = parse_arguments(argv)
-    folder = check_folder(args, settings, defaults)
+    folder = Path(args.output, args.name)
     device = join(args.device)
     rank, world = processes()
     set_up(args.threads, args.deterministic, args.compile and device.type == "cpu")
-    if args.resume and not args.evaluate and (folder / "summary.json").exists():
-        if rank == 0:
-            say_complete(folder)
-        leave()
-        return
-
-    if args.evaluate:
-        evaluate_file(args, device)
-        leave()
-        return
 
     # Data
-    train, test = photographs.load(args.data, args.augment, args.image_size, args.seed, args.skip_corrupt)
-    parts = world * args.accumulate_steps
-    if len(train) < 2 * parts:
-        raise UsageError(f"--data: {len(train)} training images are fewer than two a part of a batch ({parts})")
-    sizes = step_sizes(len(train), args.batch_size, smallest=2 * parts)
+    found = agree(partial(find, args, settings, defaults), vars(args), folder)
+    if found is None:
+        first_does(partial(say_complete, folder))
+        return leave()
+    if args.evaluate:
+        evaluate_file(args, found["val"], device)
+        return leave()
+    train, test = found["train"], found["val"]
+    sizes = step_sizes(len(train), args.batch_size, smallest=2 * world * args.accumulate_steps)
     sampler = photographs.EpochSampler(sizes, args.accumulate_steps, args.seed, rank, world)
     train_loader = photographs.make_loader(train, sampler, args.workers, device)
-    test_keys = photographs.test_keys(len(test), max(args.batch_size // parts, 1), rank, world)
-    test_loader = photographs.make_loader(test, test_keys, args.workers, device)
+    test_loader = make_test_loader(args, test, device)
 
     # Network
     torch.manual_seed(args.seed)
     regularizer = make_regularizer(args.method, args.dist_prob, args.block_size, args.alpha, args.inside)
     model = ResNet50(len(train.images.classes), regularizer)
     model.to(device, memory_format=torch.channels_last)
-    if args.init and not has_checkpoint(folder):
-        load_weights(Path(args.init), model)
+    if args.init:  # DistributedDataParallel hands the first process's weights to all
+        first_does(lambda: has_checkpoint(folder) or load_weights(Path(args.init), model))
 
     # Optimizer and schedules
     optimizer = torch.optim.SGD(
@@ -140,13 +151,11 @@ def main(argv: list[str]) -> None:
         model.compile(fullgraph=True, dynamic=False)
 
     # Loop; the first process writes
-    lock = lock_folder(folder) if rank == 0 else None
-    lists = {"train": train.images, "val": test.images}
-    images = {part: (len(listed), listed.fingerprint) for part, listed in lists.items()}
-    checkpoints = Checkpoints(folder, settings, defaults, images)
+    lock = first_does(partial(lock_folder, folder))
+    checkpoints = Checkpoints(folder, settings, defaults, {part: found[part].images.fingerprint for part in found})
     progress = checkpoints.load(model, optimizer)
     command = ["train_imagenet.py", *argv]
-    recorder = Recorder(folder, settings, command, device, "test", checkpoints, progress) if rank == 0 else None
+    recorder = first_does(lambda: Recorder(folder, settings, command, device, "test", checkpoints, progress))
     trained_model = DistributedDataParallel(model) if world > 1 else model
     interruptions = Interruptions(args.save_minutes)
 
@@ -161,8 +170,8 @@ def main(argv: list[str]) -> None:
             done = progress.step - epoch * len(sizes)
             sampler.epoch, sampler.first_step = epoch, done
             batches = photographs.on_device(train_loader, device)
-            name, parts = f"epoch {epoch + 1}/{args.epochs}", args.accumulate_steps
-            bar = tqdm(batches, name, len(sizes) * parts, initial=done * parts, leave=False, disable=rank > 0 or None)
+            of_epoch = {"total": len(sizes) * args.accumulate_steps, "initial": done * args.accumulate_steps}
+            bar = tqdm(batches, f"epoch {epoch + 1}/{args.epochs}", **of_epoch, leave=False, disable=rank > 0 or None)
             scores = train_epoch(
                 trained_model,
                 bar,
@@ -178,7 +187,7 @@ def main(argv: list[str]) -> None:
                 save=partial(save_within_epoch, progress.rows, start),
             )
             trained = time.perf_counter()
-            share_buffers(model)
+            share(model.buffers())  # batch norm's statistics: all evaluate the same network
             scores |= evaluate(model, photographs.on_device(test_loader, device), args.amp)
             step = (epoch + 1) * len(sizes)
             row = {

@@ -87,6 +87,7 @@ def work(rank, world, port, results, first_has_saved):
         _, found["gradient of parts"] = trained(parallel, halves, [BATCH], accumulate_steps=2)
         found["reductions"] = len(reductions)
 
+    torch.manual_seed(0)
     layer = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), Disout(0.5))
     outputs = []
     layer[2].register_forward_hook(lambda _module, _inputs, output: outputs.append(output.detach() == 0))
@@ -121,6 +122,14 @@ def work(rank, world, port, results, first_has_saved):
         trained(model, [(images[:4], labels[:4]), (bad, labels[:4])], [4 * world] * 2)
     except Exception as error:
         found["diverged"] = str(error)
+    # A weight that is another one in one process alone, by one bit
+    model = network()
+    if rank:
+        next(model.parameters()).view(torch.int32).flatten()[3] ^= 1
+    try:
+        trained(model, [(images[:4], labels[:4])], [4 * world])
+    except Exception as error:
+        found["apart"] = str(error)
     found["largest"] = largest(rank, 10 - rank)
     leave()
     results.put((rank, found))
@@ -192,6 +201,11 @@ def test_they_stop_together_after_the_same_step_when_the_first_has_saved(found):
 
 def test_a_loss_that_is_bad_in_one_stops_both(found):
     assert all("loss is not finite in epoch 1, step 2 of 2" in result["diverged"] for result in found)
+
+
+def test_weights_that_differ_end_both(found):
+    assert "apart" not in found[0]
+    assert all("other weights after epoch 1, step 1 of 1" in result["apart"] for result in found[1:])
 
 
 def test_largest_is_of_all(found):

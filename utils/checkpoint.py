@@ -4,13 +4,13 @@ import io
 import pickle
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from utils.files import replacing
-from utils.processes import is_first
+from utils.processes import Failure, first_does, from_first, is_first
 
 # The settings that may differ when a run goes on: where it runs, and how fast. config.json says all that there were.
 PLACES = (
@@ -25,7 +25,7 @@ NAMES = ("checkpoint.pt", "checkpoint_previous.pt")
 WRAPPINGS = ("state_dict", "model", "net", "module", "_orig_mod")
 
 
-class CheckpointError(Exception):
+class CheckpointError(Failure):
     """A file that is no checkpoint, or not of this run."""
 
 
@@ -54,8 +54,7 @@ class Checkpoints:
         folder: the run's.
         settings: of the run, flat, under the flags' names.
         defaults: of these.
-        images: of each part of an image folder the number and the fingerprint of its list, on which the order within
-            an epoch depends; {} where no folder is listed.
+        images: the fingerprint of each part of an image folder, on whose list the order within an epoch depends.
     """
 
     def __init__(
@@ -80,31 +79,39 @@ class Checkpoints:
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
         """Puts the newest checkpoint that is good into `model` and `optimizer`, and says so where it is the last but
-        one. A run that has none begins.
+        one. A run that has none begins. Of several processes the first reads it, and hands it to the others.
 
         Raises:
             CheckpointError: there are some, and none is good; says what is wrong with the newest.
             OtherImages: it is good, but the images have changed since.
         """
+        state = from_first(first_does(lambda: self._load_newest(model, optimizer)))
+        if state is None:
+            return Progress()
+        if not is_first():
+            put(state, model, optimizer)
+        return Progress(state["step"], tuple(state["rows"]), state["totals"], state["seconds"])
+
+    def _load_newest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         problems = []
         for path in (self.last, self.previous):
             if path.exists():
                 try:
-                    progress = self._read(path, model, optimizer)
+                    state = self._load(path, model, optimizer)
                 except OtherImages:
                     raise
                 except CheckpointError as error:
                     problems.append(str(error))
                     continue
                 self.last_is_good = path == self.last
-                if problems and is_first():
+                if problems:
                     print(f"{problems[0]}: going on from {path.name}")
-                return progress
+                return state
         if problems:
             raise CheckpointError(f"{problems[0]}: put a good one there, or give another --name to start over")
-        return Progress()
+        return None
 
-    def _read(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    def _load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         state = read(path)
         try:
             if changed := changed_settings(state["settings"], self.settings, self.defaults):
@@ -114,11 +121,16 @@ class Checkpoints:
                     f"{path.parent} was started with other images ({', '.join(changed)}): put them back, or give "
                     f"another --name, with --init {path} to start from this run's weights"
                 )
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            return Progress(state["step"], tuple(state["rows"]), state["totals"], state["seconds"])
+            put(state, model, optimizer)
+            Progress(state["step"], tuple(state["rows"]), state["totals"], state["seconds"])
+            return state
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is no checkpoint of this run ({reason(error)})") from None
+
+
+def put(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
 
 
 def save_weights(path: Path, model: nn.Module) -> None:

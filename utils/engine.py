@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.files import ImageError
-from utils.processes import gathered, largest, processes, summed
+from utils.processes import Failure, gathered, largest, processes, summed
 from utils.schedules import dist_prob_at, seed_for
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-class Diverged(Exception):
-    """A loss, or a weight, that is not finite."""
+class Diverged(Failure):
+    """A loss, or a weight, that is not finite; or weights that are not the same in all processes."""
+
+    of_all = True
 
 
 class Schedule(NamedTuple):
@@ -65,7 +67,8 @@ def train_epoch(
     without any) of the last step.
 
     Raises:
-        Diverged: a loss or weight is not finite, which is looked at before saving and at the end.
+        Diverged: a loss or weight is not finite, or the processes' weights differ, which is looked at before saving
+            and at the end.
     """
     lr_at_step, layers, total_steps, seed, constant = schedule
     model.train()
@@ -77,11 +80,16 @@ def train_epoch(
     # Loss, top1 and images are summed on the device, and the first bad step is noted there: no wait for it.
     bad_step = torch.full((), total_steps, device=device)
 
-    def check_finite() -> None:
-        if found := first_not_finite(bad_step, model, step):
+    def check() -> None:
+        if found := first_trouble(bad_step, model, step):
             bad, what = found
             rate = dist_prob_at(bad, total_steps, max((final for _, final in layers), default=0.0), constant)
             where = f"epoch {epoch + 1}, step {bad % len(step_sizes) + 1} of {len(step_sizes)}"
+            if not what:
+                raise Diverged(
+                    f"the processes have other weights after {where}: what was saved before it stays; do all machines "
+                    "have the same code and versions?"
+                )
             raise Diverged(
                 f"a {what} is not finite in {where} (lr {lr_at_step(bad):g}, dist_prob {rate:g}): what was saved "
                 "before it stays; try a smaller --lr under another --name"
@@ -108,10 +116,10 @@ def train_epoch(
             bad_step = bad_step.where(loss.detach().isfinite(), bad_step.clamp(max=step))
         optimizer.step()
         if step + 1 < first_step - done + len(step_sizes) and save_is_due():  # the last is saved with its epoch
-            check_finite()
+            check()
             save(step + 1, gathered(totals))
 
-    check_finite()
+    check()
     loss_sum, top1, count, skipped = summed(totals).tolist()
     if not count:
         raise ImageError("none of the images to train on can be read")
@@ -126,15 +134,27 @@ def train_epoch(
     }
 
 
-def first_not_finite(bad_step: Tensor, model: nn.Module, step: int) -> tuple[int, str] | None:
+def first_trouble(bad_step: Tensor, model: nn.Module, step: int) -> tuple[int, str] | None:
     """The step, and 'loss' or 'weight': where the loss was not finite first, in any of the processes (`bad_step` is
-    this one's, beyond `step` where there is none), or `step`, where a weight is not finite. All processes agree."""
+    this one's, beyond `step` where there is none), or `step`, where a weight is not finite, or, with '', where their
+    weights differ. All processes agree."""
     tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
-    bad, bad_weight = largest(-int(bad_step), int(not finite))
+    same = checksum(model)
+    bad, bad_weight, most, least = largest(-int(bad_step), int(not finite), same, -same)
     if -bad <= step:
         return -bad, "loss"
-    return (step, "weight") if bad_weight else None
+    if bad_weight:
+        return step, "weight"
+    return None if most == -least else (step, "")
+
+
+def checksum(model: nn.Module) -> int:
+    """Of the bits of all weights, float32: whole numbers, whose sum no order changes. 0 in one process."""
+    if processes()[1] == 1:
+        return 0
+    sums = [weight.detach().view(torch.int32).sum(dtype=torch.int64) for weight in model.parameters()]
+    return int(torch.stack(sums).sum()) % 2**62
 
 
 @torch.no_grad()

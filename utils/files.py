@@ -8,6 +8,8 @@ from typing import TextIO
 
 from filelock import FileLock, Timeout  # which torch brings along
 
+from utils.processes import Failure
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -16,12 +18,14 @@ except ImportError:  # Windows
 LOCK = ".lock"
 
 
-class ImageError(Exception):
+class ImageError(Failure):
     """An image that cannot be read."""
 
 
-class InUse(Exception):
+class InUse(Failure):
     """Another process writes to the folder."""
+
+    exit_code = 2
 
 
 @contextmanager

@@ -12,11 +12,13 @@ import torch
 from models.regularizers import METHODS
 from utils.checkpoint import CheckpointError, changed_settings, has_checkpoint
 from utils.files import LOCK
-from utils.processes import launched
+from utils.processes import Failure, launched
 
 
-class UsageError(Exception):
+class UsageError(Failure):
     """What the user typed wrong, in one sentence."""
+
+    exit_code = 2
 
 
 class Parser(argparse.ArgumentParser):

@@ -26,7 +26,7 @@ class ImageList:
 
     Attributes:
         classes: names of the folders, sorted.
-        fingerprint: of the classes and the images' names within the folder, wherever that lies.
+        fingerprint: how many images there are, and a hash of their classes and names, wherever the folder lies.
         passed_over: names of the folders that systems left.
 
     Raises:
@@ -50,8 +50,8 @@ class ImageList:
             if not labels or labels[-1] != label:
                 raise FileNotFoundError(f"{folder} has no image of the class {name}")
         self._names, self._ends, self._labels = bytes(names), np.asarray(ends), np.asarray(labels)
-        # Where the names end tells ab, c from a, bc.
-        self.fingerprint = hashlib.blake2b(self._names + self._ends.astype("<i8").tobytes(), digest_size=16).hexdigest()
+        content = self._names + self._ends.astype("<i8").tobytes()  # ab, c is not a, bc
+        self.fingerprint = len(self), hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return len(self._labels)

@@ -6,17 +6,17 @@ from types import FrameType
 
 import torch
 
-from utils.processes import largest
+from utils.processes import Failure, largest
 
 AT_ONCE = 2.0  # seconds: a scheduler signals torchrun and its processes, and torchrun hands the signal on to them
 
 
-class Stopped(Exception):
+class Stopped(Failure):
     """A signal asked the run to stop, and it has saved, unless it was still being compiled."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code = 128 + number
+        self.exit_code, self.of_all = 128 + number, True
 
 
 class Interruptions:

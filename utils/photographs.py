@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from utils.files import ImageError
 from utils.image_list import ImageList
-from utils.processes import is_first
+from utils.processes import Failure, is_first
 from utils.schedules import seed_for
 
 MEAN = (0.485, 0.456, 0.406)
@@ -38,8 +38,14 @@ PASSING, PAUSES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}, (0.2, 1.0, 3.0)
 AUGMENTS = ("none", "standard", "cutout", "autoaugment")
 
 
-class WorkerDied(Exception):
+class WorkerDied(Failure):
     """One of the loader's workers ended in the middle of its work."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a worker was killed, most likely for want of memory or of shared memory: fewer --workers need less; "
+            "--resume goes on after the last checkpoint"
+        )
 
 
 class Photographs(Dataset):
@@ -251,6 +257,6 @@ def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor
         except StopIteration:
             return
         except (ConnectionError, EOFError, FileNotFoundError) as error:
-            raise WorkerDied from error
+            raise WorkerDied() from error
         images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         yield (images.float() - mean) / std, labels.to(device, non_blocking=True)

@@ -3,13 +3,25 @@
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+T = TypeVar("T")
 
 # What a launcher gives each process, all of it: schedulers leave some of these behind in an environment.
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+
+
+class Failure(Exception):
+    """What ends a run with one line and this exit code. `of_all`: all processes have raised it, so the first one says
+    it for them."""
+
+    exit_code = 1
+    of_all = False
 
 
 def launched() -> tuple[int, int]:
@@ -91,11 +103,44 @@ def largest(*numbers: int) -> list[int]:
     return of_all.tolist()
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Gives every process the first one's buffers (batch-norm statistics), so that all evaluate the same network."""
+def gathered_objects(own: T) -> list[T]:
+    """Every process's object, in the order of their ranks."""
+    of_all = [own] * processes()[1]
+    if len(of_all) > 1:
+        dist.all_gather_object(of_all, own)
+    return of_all
+
+
+def first_does(act: Callable[[], T]) -> T | None:
+    """What `act` returns in the first process, which alone calls it; in the others None.
+
+    Raises:
+        Failure, OSError: what it raised there, in all of them.
+    """
+    error, done = None, None
+    try:
+        done = act() if is_first() else None
+    except (Failure, OSError) as raised:
+        error = raised
+    if error := from_first(error):
+        error.of_all = True
+        raise error
+    return done
+
+
+def from_first(own: T) -> T:
+    """The first process's object, in all."""
+    box = [own]
     if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Gives every process the first one's tensors."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def leave() -> None:
