@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from utils.interruptions import Stopped
 from utils.photographs import WorkerDied
-from utils.processes import Failure, end_workers, is_first
+from utils.processes import Failure, end_workers, is_first, leave
 
 
 def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
@@ -18,8 +18,11 @@ def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) 
     except (Exception, KeyboardInterrupt) as error:
         if not (told := line_and_code(error)):
             raise
-        if is_first() or not getattr(error, "of_all", False):
+        of_all = getattr(error, "of_all", False)
+        if is_first() or not of_all:
             print(f"{script}: {told[0]}", file=sys.stderr)
+        if of_all:  # gloo aborts a process that exits with its threads alive
+            leave()
         sys.exit(told[1])
     finally:
         end_workers()
