@@ -29,8 +29,8 @@ from utils.engine import Schedule, evaluate, train_epoch
 from utils.failures import run_script
 from utils.files import lock_folder
 from utils.flags import Parser, UsageError, add_shared_flags, check_folder, launch, number, resnet_depth, run_settings
-from utils.interruptions import Interruptions
-from utils.record import Recorder, say_complete
+from utils.interruptions import Interruptions, save_within_epoch
+from utils.record import Recorder, epoch_row, say_complete
 from utils.schedules import CIFAR_DECAY, dist_prob_at, lr_at, step_sizes
 from utils.speed import set_up
 
@@ -146,10 +146,6 @@ def main(argv: list[str]) -> None:
     recorder = Recorder(folder, settings, ["train.py", *argv], args.device, evaluated_on, checkpoints, progress)
     interruptions = Interruptions(args.save_minutes)
 
-    def save_within_epoch(rows: tuple, start: float, step: int, totals: torch.Tensor) -> None:
-        checkpoints.save(model, optimizer, Progress(step, rows, totals, time.perf_counter() - start))
-        interruptions.after_saving()
-
     with interruptions:
         for epoch in range(len(progress.rows), args.epochs):
             start = time.perf_counter() - progress.seconds
@@ -168,19 +164,13 @@ def main(argv: list[str]) -> None:
                 amp=args.amp,
                 totals=progress.totals,
                 save_is_due=interruptions.save_is_due,
-                save=partial(save_within_epoch, progress.rows, start),
+                save=partial(save_within_epoch, checkpoints, interruptions, model, optimizer, progress.rows, start),
             )
             trained = time.perf_counter()
             scores |= evaluate(model, data.test_batches(test, mean, std), args.amp)
             step = (epoch + 1) * len(sizes)
-            row = {
-                "epoch": epoch + 1,
-                "dist_prob": dist_prob_at(step - 1, total_steps, args.dist_prob, args.constant_prob),
-                **scores,
-                "skipped": scores["train_skipped"] + scores["test_skipped"],
-                "seconds": time.perf_counter() - start,
-                "images_per_second": len(train.labels) / (trained - start),
-            }
+            dist_prob = dist_prob_at(step - 1, total_steps, args.dist_prob, args.constant_prob)
+            row = epoch_row(epoch, dist_prob, scores, len(train.labels), start, trained)
             progress = Progress(step, (*progress.rows, row))
             recorder.add_epoch(model, optimizer, progress)
     # While training, the network is scored with distortion and changing weights: what it has learned is this.

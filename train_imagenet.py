@@ -29,9 +29,9 @@ from utils.engine import Schedule, evaluate, train_epoch
 from utils.failures import run_script
 from utils.files import lock_folder
 from utils.flags import Parser, UsageError, add_shared_flags, check_folder, launch, number, run_settings
-from utils.interruptions import Interruptions
+from utils.interruptions import Interruptions, save_within_epoch
 from utils.processes import first_does, is_first, join, leave, processes, share
-from utils.record import Recorder, say_complete
+from utils.record import Recorder, epoch_row, say_complete
 from utils.schedules import IMAGENET_DECAY, dist_prob_at, lr_at, step_sizes
 from utils.speed import set_up
 
@@ -159,11 +159,6 @@ def main(argv: list[str]) -> None:
     trained_model = DistributedDataParallel(model) if world > 1 else model
     interruptions = Interruptions(args.save_minutes)
 
-    def save_within_epoch(rows: tuple, start: float, step: int, totals: torch.Tensor) -> None:
-        if rank == 0:
-            checkpoints.save(model, optimizer, Progress(step, rows, totals, time.perf_counter() - start))
-        interruptions.after_saving()
-
     with interruptions:
         for epoch in range(len(progress.rows), args.epochs):
             start = time.perf_counter() - progress.seconds
@@ -184,20 +179,14 @@ def main(argv: list[str]) -> None:
                 amp=args.amp,
                 totals=progress.totals,
                 save_is_due=interruptions.save_is_due,
-                save=partial(save_within_epoch, progress.rows, start),
+                save=partial(save_within_epoch, checkpoints, interruptions, model, optimizer, progress.rows, start),
             )
             trained = time.perf_counter()
             share(model.buffers())  # batch norm's statistics: all evaluate the same network
             scores |= evaluate(model, photographs.on_device(test_loader, device), args.amp)
             step = (epoch + 1) * len(sizes)
-            row = {
-                "epoch": epoch + 1,
-                "dist_prob": dist_prob_at(step - 1, total_steps, args.dist_prob, args.constant_prob),
-                **scores,
-                "skipped": scores["train_skipped"] + scores["test_skipped"],
-                "seconds": time.perf_counter() - start,
-                "images_per_second": len(train) / (trained - start),
-            }
+            dist_prob = dist_prob_at(step - 1, total_steps, args.dist_prob, args.constant_prob)
+            row = epoch_row(epoch, dist_prob, scores, len(train), start, trained)
             progress = Progress(step, (*progress.rows, row))
             if recorder:
                 recorder.add_epoch(model, optimizer, progress)

@@ -75,12 +75,13 @@ def train_epoch(
     rank, world = processes()
     batches = iter(batches)
     epoch, done = divmod(first_step, len(step_sizes))
+    last_step = first_step - done + len(step_sizes) - 1
     device = next(model.parameters()).device
     totals = torch.zeros(4, device=device) if totals is None else totals[rank].to(device)
     # Loss, top1 and images are summed on the device, and the first bad step is noted there: no wait for it.
     bad_step = torch.full((), total_steps, device=device)
 
-    def check() -> None:
+    def check(step: int) -> None:
         if found := first_trouble(bad_step, model, step):
             bad, what = found
             rate = dist_prob_at(bad, total_steps, max((final for _, final in layers), default=0.0), constant)
@@ -115,11 +116,11 @@ def train_epoch(
             totals = totals + batch_sums(logits.detach(), labels, ks=(1,))
             bad_step = bad_step.where(loss.detach().isfinite(), bad_step.clamp(max=step))
         optimizer.step()
-        if step + 1 < first_step - done + len(step_sizes) and save_is_due():  # the last is saved with its epoch
-            check()
+        if step < last_step and save_is_due():  # the last is saved with its epoch
+            check(step)
             save(step + 1, gathered(totals))
 
-    check()
+    check(last_step)
     loss_sum, top1, count, skipped = summed(totals).tolist()
     if not count:
         raise ImageError("none of the images to train on can be read")

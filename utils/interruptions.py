@@ -5,8 +5,10 @@ import time
 from types import FrameType
 
 import torch
+from torch import Tensor, nn
 
-from utils.processes import Failure, largest
+from utils.checkpoint import Checkpoints, Progress
+from utils.processes import Failure, is_first, largest
 
 AT_ONCE = 2.0  # seconds: a scheduler signals torchrun and its processes, and torchrun hands the signal on to them
 
@@ -64,3 +66,23 @@ class Interruptions:
         if self.agreed:
             largest(self.agreed)
             raise Stopped(self.agreed)
+
+
+def save_within_epoch(
+    checkpoints: Checkpoints,
+    interruptions: Interruptions,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows: tuple[dict[str, float], ...],
+    start: float,
+    step: int,
+    totals: Tensor,
+) -> None:
+    """Saves a run that has finished `rows`, began its next epoch at `start`, and is at `step` in it, with `totals`.
+
+    Raises:
+        Stopped: that is why it has saved.
+    """
+    if is_first():
+        checkpoints.save(model, optimizer, Progress(step, rows, totals, time.perf_counter() - start))
+    interruptions.after_saving()

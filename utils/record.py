@@ -6,6 +6,7 @@ import json
 import platform
 import shlex
 import subprocess
+import time
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,21 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def epoch_row(
+    epoch: int, dist_prob: float, scores: dict[str, float], images: int, start: float, trained: float
+) -> dict[str, float]:
+    """What is kept of an epoch, counted from 0, of this many images, which began at `start` and had trained at
+    `trained`."""
+    return {
+        "epoch": epoch + 1,
+        "dist_prob": dist_prob,
+        **scores,
+        "skipped": scores["train_skipped"] + scores["test_skipped"],
+        "seconds": time.perf_counter() - start,
+        "images_per_second": images / (trained - start),
+    }
 
 
 def epoch_line(row: dict[str, float], epochs: int, evaluated_on: str) -> str:
