@@ -1,5 +1,6 @@
 """Signals, locks, checkpoints that are not good, and losses that are not finite."""
 
+import errno
 import json
 import os
 import signal
@@ -16,8 +17,9 @@ from torch import nn
 import train
 from utils import engine, record
 from utils.checkpoint import CheckpointError, Checkpoints, Progress
+from utils.data import locked
 from utils.failures import run_script
-from utils.files import InUse, lock_folder
+from utils.files import InUse, fcntl, lock_folder
 from utils.interruptions import Interruptions, Stopped
 
 SHORT = ("--train_size", "200", "--batch_size", "32", "--epochs", "3")  # seven steps an epoch
@@ -319,6 +321,27 @@ def test_a_run_in_a_folder_that_is_in_use_is_one_line(run, refused, tmp_path):
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
         other.kill()
     run(*SHORT)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_trains_and_says_so_once(run, monkeypatch, capsys, number):
+    """Nor can some of them flush a file to the disk."""
+
+    def cannot(number):
+        def fail(*_):
+            raise OSError(number, os.strerror(number))
+
+        return fail
+
+    for call in ("lockf", "flock"):
+        monkeypatch.setattr(fcntl, call, cannot(number))
+    monkeypatch.setattr(os, "fsync", cannot(errno.EINVAL))
+    folder = run(*SHORT)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and os.strerror(number) in message and "would not be noticed" in message
+    assert (folder / "summary.json").exists()
+    with locked(folder / "data"):
+        assert (folder / "data").is_dir()
 
 
 def test_the_stop_of_a_real_process_has_the_signals_exit_code(tmp_path):
