@@ -109,6 +109,19 @@ def test_an_interrupt_ends_it(start):
     assert not alive(workers)
 
 
+def test_a_scheduler_warns_all_processes_and_then_ends_them(start, tmp_path):
+    process = start("--workers", "2")
+    process.stdout.readline()
+    everyone = [*children(process.pid), process.pid]
+    for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+        for pid in everyone:
+            os.kill(pid, number)
+    message = ended(process, 138)
+    assert message.count("\n") == 1 and "SIGUSR1" in message and "--resume" in message
+    assert not alive(everyone)
+    assert (tmp_path / "run/checkpoint.pt").exists()
+
+
 def test_too_little_shared_memory_is_one_line(capsys):
     def fail(_argv):
         raise RuntimeError(

@@ -6,6 +6,7 @@ same whatever the number of workers and processes.
 
 import os
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import v2
 
 from utils.files import ImageError
+from utils.interruptions import AT_ONCE, heard
 from utils.schedules import seed_for
 
 MEAN = (0.485, 0.456, 0.406)
@@ -202,17 +204,17 @@ def make_loader(photographs: Photographs, keys: EpochSampler | list, workers: in
 
 def outlive_signals(_worker: int) -> None:
     """A worker ends with its process, once that has saved (utils.processes.end_workers). A terminal and torchrun signal
-    whole process groups, a scheduler all processes: the first signal is left to the worker's process, the second ends
-    the worker."""
+    whole process groups, a scheduler all processes: a signal is left to the worker's process; the same one again ends
+    the worker, unless it comes at once."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in heard():
         signal.signal(number, let_pass)
 
 
-def let_pass(_number: int, _frame: FrameType | None) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os._exit(0))
+def let_pass(number: int, _frame: FrameType | None) -> None:
+    until = time.monotonic() + AT_ONCE
+    signal.signal(number, lambda *_: os._exit(0) if time.monotonic() > until else None)
 
 
 def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
