@@ -12,6 +12,7 @@ from utils.files import ImageError, InUse
 from utils.flags import UsageError
 from utils.interruptions import Stopped
 from utils.photographs import WorkerDied
+from utils.printing import flush_or_drop, say
 from utils.processes import end_workers, is_first
 
 WORKER_DIED = (
@@ -24,43 +25,46 @@ def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) 
     """Calls main(argv). What the user typed wrong is one line on stderr and exit code 2, what goes wrong 1."""
     try:
         main(argv)
+        if sys.stdout:
+            sys.stdout.flush()
     except (UsageError, InUse) as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        say(f"{script}: {error}", sys.stderr)
         sys.exit(2)
     except (OSError, CheckpointError, ImageError) as error:
         said = str(error) or type(error).__name__
         line = said.splitlines()[-1].split("ImageError: ")[-1]  # also out of a worker's traceback
-        print(f"{script}: {line}", file=sys.stderr)
+        say(f"{script}: {line}", sys.stderr)
         sys.exit(1)
     except Diverged as error:
         if is_first():
-            print(f"{script}: {error}", file=sys.stderr)
+            say(f"{script}: {error}", sys.stderr)
         sys.exit(1)
     except Stopped as error:
         if is_first():
-            print(f"{script}: {error}; the same command with --resume goes on from there", file=sys.stderr)
+            say(f"{script}: {error}; the same command with --resume goes on from there", sys.stderr)
         sys.exit(error.exit_code)
     except WorkerDied:
-        print(f"{script}: {WORKER_DIED}", file=sys.stderr)
+        say(f"{script}: {WORKER_DIED}", sys.stderr)
         sys.exit(1)
     except torch.OutOfMemoryError as error:
         line = str(error).split(". ")[0]
-        print(f"{script}: {line}: --amp or a smaller --batch_size takes less memory", file=sys.stderr)
+        say(f"{script}: {line}: --amp or a smaller --batch_size takes less memory", sys.stderr)
         sys.exit(1)
     except torch._dynamo.exc.TorchDynamoException as error:
         what = " ".join(str(error).split("\n\n")[0].split())
-        print(f"{script}: --compile does not work here ({what})", file=sys.stderr)
+        say(f"{script}: --compile does not work here ({what})", sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         if not (line := of_other_processes(str(error))):
             raise
-        print(f"{script}: {line}", file=sys.stderr)
+        say(f"{script}: {line}", sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"{script}: stopped; --resume goes on after the last checkpoint", file=sys.stderr)
+        say(f"{script}: stopped; --resume goes on after the last checkpoint", sys.stderr)
         sys.exit(130)
     finally:
         end_workers()
+        flush_or_drop()
 
 
 def of_other_processes(message: str) -> str | None:

@@ -10,6 +10,8 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout  # which torch brings along
 
+from utils.printing import say
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -75,5 +77,5 @@ def lock_folder(folder: Path) -> ExitStack:
         if isinstance(error, Timeout) or error.errno in HELD:
             held.close()
             raise InUse(f"another process is training in {folder}: wait for it, or give another --name") from None
-        print(f"{folder} cannot be locked ({error.strerror}): two runs in it would not be noticed", file=sys.stderr)
+        say(f"{folder} cannot be locked ({error.strerror}): two runs in it would not be noticed", sys.stderr)
     return held
