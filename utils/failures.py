@@ -13,20 +13,23 @@ from utils.flags import UsageError
 from utils.interruptions import Stopped
 from utils.photographs import WorkerDied
 from utils.printing import flush_or_drop, say
-from utils.processes import end_workers, is_first
+from utils.processes import allow_open_files, end_workers, is_first
 
 WORKER_DIED = (
     "a worker was killed, most likely for want of memory or of shared memory: fewer --workers need less; --resume goes "
     "on after the last checkpoint"
 )
+TOO_MANY_FILES = "too many open files: a higher `ulimit -n` allows more, fewer --workers need less"
+
+
+class TooManyFiles(Exception):
+    """More than the system lets this process or its workers open at a time."""
 
 
 def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Calls main(argv). What the user typed wrong is one line on stderr and exit code 2, what goes wrong 1."""
     try:
-        main(argv)
-        if sys.stdout:
-            sys.stdout.flush()
+        call(main, argv)
     except (UsageError, InUse) as error:
         say(f"{script}: {error}", sys.stderr)
         sys.exit(2)
@@ -34,6 +37,10 @@ def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) 
         said = str(error) or type(error).__name__
         line = said.splitlines()[-1].split("ImageError: ")[-1]  # also out of a worker's traceback
         say(f"{script}: {line}", sys.stderr)
+        sys.exit(1)
+    except TooManyFiles:
+        sys.unraisablehook = lambda _: None  # what is half-made, such as a loader, cannot be taken apart
+        say(f"{script}: {TOO_MANY_FILES}", sys.stderr)
         sys.exit(1)
     except Diverged as error:
         if is_first():
@@ -65,6 +72,22 @@ def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) 
     finally:
         end_workers()
         flush_or_drop()
+
+
+def call(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Raises TooManyFiles for whatever torch, multiprocessing and Python's imports raise then."""
+    try:
+        allow_open_files()
+        main(argv)
+        if sys.stdout:
+            sys.stdout.flush()
+    except Exception as error:
+        of: BaseException | None = error
+        while of and not any(words in str(of) for words in ("Too many open files", "items of ancdata")):
+            of = of.__cause__ or of.__context__
+        if of:
+            raise TooManyFiles from error
+        raise
 
 
 def of_other_processes(message: str) -> str | None:

@@ -9,6 +9,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
 from pathlib import Path
 from types import FrameType
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
@@ -210,11 +212,18 @@ def outlive_signals(_worker: int) -> None:
         os.setpgrp()
     for number in heard():
         signal.signal(number, let_pass)
+    Queue._on_queue_feeder_error = hand_over_error
 
 
 def let_pass(number: int, _frame: FrameType | None) -> None:
     until = time.monotonic() + AT_ONCE
     signal.signal(number, lambda *_: os._exit(0) if time.monotonic() > until else None)
+
+
+def hand_over_error(queue: Queue, _error: Exception, batch: tuple) -> None:
+    """In the place of a batch that could not be handed over, for want of open files for one. Left to itself the queue
+    prints the error, and the worker's process waits for the batch for ever."""
+    queue.put((batch[0], ExceptionWrapper(where="in a worker")))
 
 
 def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
