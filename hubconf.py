@@ -2,20 +2,38 @@
 
 # Modules only are imported, no classes, as torch.hub.list() takes all that can be called for networks.
 import importlib.util
+import itertools
 import pathlib
 import sys
+import types
 
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
-# Under a name of its own, as whoever loads this may have a package `models` as well.
-MODELS = importlib.util.spec_from_file_location(
-    "disout_models", ROOT / "models/__init__.py", submodule_search_locations=[str(ROOT / "models")]
-)
-sys.modules["disout_models"] = importlib.util.module_from_spec(MODELS)
 
-from disout_models import cnn, regularizers, resnet_cifar
+def _own_module(name: str, file: str) -> types.ModuleType:
+    folder = [str((ROOT / file).parent)] if file.endswith("__init__.py") else None
+    spec = importlib.util.spec_from_file_location(name, ROOT / file, submodule_search_locations=folder)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+# Under names of their own, as whoever loads this may have a `disout` and a package `models` as well, or another version
+# of ours. The networks import `disout`, so that is ours while they are imported.
+PACKAGE = next(name for n in itertools.count(1) if (name := f"disout_hub_{n}") not in sys.modules)
+_own_module(PACKAGE, "models/__init__.py")
+THEIRS = sys.modules.get("disout")
+sys.modules["disout"] = _own_module(f"{PACKAGE}.disout", "disout.py")
+try:
+    cnn, regularizers, resnet_cifar = (
+        importlib.import_module(f"{PACKAGE}.{name}") for name in ("cnn", "regularizers", "resnet_cifar")
+    )
+finally:
+    del sys.modules["disout"]
+    if THEIRS:
+        sys.modules["disout"] = THEIRS
 
 dependencies = ["torch", "torchvision"]
 

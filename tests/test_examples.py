@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import torch
 
 import hubconf
 import train
+from disout import Disout
 
 ROOT = Path(train.__file__).parent
 FILES = ["disout.py", *(f"disout_attach/{name}" for name in ("__init__.py", "graph.py", "hooks.py", "py.typed"))]
@@ -58,8 +60,24 @@ def test_the_hub_and_packages_of_the_users_own_with_the_same_names(tmp_path, fir
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text(f"NAME = 'their {package}'\n")
     (tmp_path / "models/cnn.py").write_text("NAME = 'their cnn'\n")
+    (tmp_path / "disout.py").write_text("NAME, Disout = 'their disout', None\n")  # such as the authors'
     ours = f"import torch; model = torch.hub.load({str(ROOT)!r}, 'cnn_disout', source='local')"
-    theirs = "import models.cnn, utils; names = (models.cnn.NAME, utils.NAME)"
+    theirs = "import disout, models.cnn, utils; names = (disout.NAME, models.cnn.NAME, utils.NAME)"
     lines = [theirs, ours] if first == "theirs" else [ours, theirs]
-    check = "assert names == ('their cnn', 'their utils'); assert model.hidden1.alpha"
+    check = "assert names == ('their disout', 'their cnn', 'their utils'); assert model.hidden1.alpha"
     subprocess.run([sys.executable, "-c", "\n".join([*lines, check])], cwd=tmp_path, check=True)
+
+
+def test_the_hub_gives_each_version_its_own_network(tmp_path):
+    models = []
+    for version in ("1", "2"):
+        for name in ("hubconf.py", "disout.py", *(str(path.relative_to(ROOT)) for path in ROOT.glob("models/*.py"))):
+            copy = tmp_path / version / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(f"{(ROOT / name).read_text(encoding='utf-8')}\nVERSION = {version}\n", encoding="utf-8")
+        models.append(torch.hub.load(str(tmp_path / version), "cnn_disout", source="local"))
+    for version, model in enumerate(models, 1):
+        assert {sys.modules[type(part).__module__].VERSION for part in (model, model.hidden1)} == {version}
+        again = pickle.loads(pickle.dumps(model))
+        assert type(again) is type(model) and type(again.hidden1) is type(model.hidden1)
+    assert sys.modules["disout"].Disout is Disout

@@ -1,4 +1,5 @@
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -115,6 +116,73 @@ def test_a_script_runs_all_its_rows_from_any_folder(tmp_path):
     ran = (tmp_path / "notes").read_text().splitlines()
     assert len(ran) == STUDIES["small_study"]
     assert all(line.startswith(f"{tmp_path}/repository train.py") for line in ran)
+
+
+def test_jobs_share_out_the_cores_that_they_may_use(tmp_path):
+    for name, content in {
+        "scripts/table2_cifar10.sh": (ROOT / "scripts/table2_cifar10.sh").read_text(),
+        "scripts/rows.sh": (ROOT / "scripts/rows.sh").read_text(),
+        "scripts/setup.sh": "",
+        ".venv/bin/python": '#!/bin/sh\n[ $1 = scripts/cores.py ] && echo 6 || echo $OMP_NUM_THREADS >> "$NOTES"\n',
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+        path.chmod(0o755)
+    environment = os.environ | {"SEEDS": "0", "NOTES": str(tmp_path / "notes"), "JOBS": "2"}
+    subprocess.run(["bash", tmp_path / "scripts/table2_cifar10.sh"], env=environment, check=True)
+    assert (tmp_path / "notes").read_text().split() == ["3"] * 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_cores_are_those_of_the_affinity():
+    one = min(os.sched_getaffinity(0))
+    code = (
+        f"import os, runpy; os.sched_setaffinity(0, [{one}]); runpy.run_path('scripts/cores.py', run_name='__main__')"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "1\n"
+
+
+CONTROL_GROUPS = {  # what a file system has, and the cores of it
+    "version 2": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "250000 100000\n"}, 2),
+    "without a quota": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 128),
+    "less than a core": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+    "above it": (
+        {
+            "proc/self/cgroup": "0::/slurm/job\n",
+            "sys/fs/cgroup/slurm/job/cpu.max": "max 100000\n",
+            "sys/fs/cgroup/slurm/cpu.max": "300000 100000\n",
+        },
+        3,
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": "5:cpuset:/docker/a\n4:cpu,cpuacct:/docker/a\n0::/docker/a\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "400000\n",  # a container sees its own group as the mount
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        4,
+    ),
+    "version 1 without a quota": (
+        {
+            "proc/self/cgroup": "4:cpu,cpuacct:/\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        128,
+    ),
+    "none": ({}, 128),
+}
+
+
+@pytest.mark.parametrize("case", CONTROL_GROUPS)
+def test_cores_are_those_of_the_quota(tmp_path, monkeypatch, case):
+    files, expected = CONTROL_GROUPS[case]
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(128), raising=False)
+    assert runpy.run_path(str(ROOT / "scripts/cores.py"))["cores"](tmp_path) == expected
 
 
 def test_the_script_passes_over_what_is_finished(tmp_path):

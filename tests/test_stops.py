@@ -1,5 +1,6 @@
 """Signals, locks, checkpoints that are not good, and losses that are not finite."""
 
+import errno
 import json
 import os
 import signal
@@ -14,10 +15,11 @@ from conftest import metrics, read_json, same, without_times
 from torch import nn
 
 import train
-from utils import engine, record
+from utils import engine, photographs, record
 from utils.checkpoint import CheckpointError, Checkpoints, Progress
+from utils.data import locked
 from utils.failures import run_script
-from utils.files import InUse, lock_folder
+from utils.files import InUse, fcntl, lock_folder
 from utils.interruptions import Interruptions, Stopped
 
 SHORT = ("--train_size", "200", "--batch_size", "32", "--epochs", "3")  # seven steps an epoch
@@ -45,16 +47,29 @@ def signal_in(step, number):
     return lambda now: os.kill(os.getpid(), number) if now == step else None
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_within_the_epoch_and_resume_is_exact(run, interrupted, capsys, number, code):
+STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138, signal.SIGUSR2: 140}
+
+
+@pytest.fixture
+def handlers():
+    """Those of a process that nobody told to ignore anything, as a shell tells its background jobs, and nohup."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: [signal.getsignal(number) for number in STOPS]
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "code"), STOPS.items())
+def test_a_signal_saves_within_the_epoch_and_resume_is_exact(run, interrupted, capsys, handlers, number, code):
     whole = run(*SHORT, name="whole")
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = handlers()
     with pytest.raises(SystemExit) as stop:
         run_script("train.py", lambda _: interrupted(signal_in(9, number)), [])
     assert stop.value.code == code
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "--resume" in message and number.name in message
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert handlers() == before
     stopped = whole.parent / "stopped"
     assert torch.load(stopped / "checkpoint.pt", weights_only=True)["step"] == 10  # of 7 in an epoch
 
@@ -114,17 +129,30 @@ def test_a_flag_that_is_younger_than_the_run_had_its_default(run, interrupted, r
     assert (tmp_path / "stopped/summary.json").exists()
 
 
-def test_the_second_signal_does_what_it_always_did_unless_it_comes_at_once(monkeypatch, request):
+def test_a_repeated_signal_does_what_it_always_did_unless_it_comes_at_once(monkeypatch, handlers):
+    """Another signal does not: a scheduler warns with SIGUSR1, and sends SIGTERM while the run still saves."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    of_pytest = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, of_pytest))
     with pytest.raises(KeyboardInterrupt), Interruptions(10) as interruptions:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+        for now[0], number in ((3.0, signal.SIGTERM), (6.0, signal.SIGINT), (7.0, signal.SIGINT)):
+            signal.raise_signal(number)
+            assert interruptions.noted == signal.SIGUSR1
+        now[0] = 9.0
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        assert interruptions.noted == signal.SIGINT
-        now[0] = 3.0
-        signal.raise_signal(signal.SIGINT)
+
+
+def test_what_a_parent_set_to_ignore_stays_ignored(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    before = handlers()
+    with Interruptions(10) as interruptions:
+        signal.raise_signal(signal.SIGHUP)
+        assert not interruptions.noted
+        photographs.outlive_signals(0)
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+    assert handlers() == before
 
 
 def test_a_checkpoint_is_saved_within_an_epoch_when_its_minutes_are_over(run, interrupted, monkeypatch):
@@ -319,6 +347,27 @@ def test_a_run_in_a_folder_that_is_in_use_is_one_line(run, refused, tmp_path):
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
         other.kill()
     run(*SHORT)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_trains_and_says_so_once(run, monkeypatch, capsys, number):
+    """Nor can some of them flush a file to the disk."""
+
+    def cannot(number):
+        def fail(*_):
+            raise OSError(number, os.strerror(number))
+
+        return fail
+
+    for call in ("lockf", "flock"):
+        monkeypatch.setattr(fcntl, call, cannot(number))
+    monkeypatch.setattr(os, "fsync", cannot(errno.EINVAL))
+    folder = run(*SHORT)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and os.strerror(number) in message and "would not be noticed" in message
+    assert (folder / "summary.json").exists()
+    with locked(folder / "data"):
+        assert (folder / "data").is_dir()
 
 
 def test_the_stop_of_a_real_process_has_the_signals_exit_code(tmp_path):

@@ -109,6 +109,55 @@ def test_an_interrupt_ends_it(start):
     assert not alive(workers)
 
 
+def test_a_scheduler_warns_all_processes_and_then_ends_them(start, tmp_path):
+    process = start("--workers", "2")
+    process.stdout.readline()
+    everyone = [*children(process.pid), process.pid]
+    for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+        for pid in everyone:
+            os.kill(pid, number)
+    message = ended(process, 138)
+    assert message.count("\n") == 1 and "SIGUSR1" in message and "--resume" in message
+    assert not alive(everyone)
+    assert (tmp_path / "run/checkpoint.pt").exists()
+
+
+LIMITED = """
+import resource, runpy, sys
+soft, hard, script, *argv = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(soft), int(hard)))
+sys.argv = [script, *argv]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("limit", "workers"), [(16, "2"), (24, "2"), (40, "8")])
+def test_too_few_open_files_are_one_line_and_leave_no_process(start, tmp_path, limit, workers):
+    flags = ("--workers", workers, "--epochs", "2", "--batch_size", "2", "--lr", "0.001")
+    limited = [sys.executable, "-W", "ignore", "-c", LIMITED, str(limit), str(limit), SCRIPT]
+    process = start(*flags, command=limited)
+    assert "too many open files" in (message := ended(process)) and message.count("\n") == 1
+    assert "`ulimit -n`" in message and "fewer --workers" in message
+    commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in commands
+
+
+def test_as_many_open_files_as_the_system_allows(start, tmp_path):
+    limited = [sys.executable, "-W", "ignore", "-c", LIMITED, "16", "512", SCRIPT]
+    ended(start("--workers", "2", "--epochs", "1", command=limited), code=0)
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_a_batch_that_a_worker_cannot_hand_over_ends_it(start):
+    """Not all errors of the thread that does so are about open files."""
+    broken = "from multiprocessing.reduction import DupFd; import multiprocessing.reduction as r\n"
+    broken += "def fail(_): raise OSError(5, 'Input/output error')\n"
+    broken += "r.DupFd = fail; import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+    process = start("--workers", "1", command=[sys.executable, "-c", broken, SCRIPT])
+    message = ended(process)
+    assert message == "train_imagenet.py: OSError: [Errno 5] Input/output error\n"
+
+
 def test_too_little_shared_memory_is_one_line(capsys):
     def fail(_argv):
         raise RuntimeError(

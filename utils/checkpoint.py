@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.files import replacing
+from utils.printing import say
 from utils.processes import Failure, first_does, from_first, is_first
 
 # The settings that may differ when a run goes on: where it runs, and how fast. config.json says all that there were.
@@ -105,7 +106,7 @@ class Checkpoints:
                     continue
                 self.last_is_good = path == self.last
                 if problems:
-                    print(f"{problems[0]}: going on from {path.name}")
+                    say(f"{problems[0]}: going on from {path.name}")
                 return state
         if problems:
             raise CheckpointError(f"{problems[0]}: put a good one there, or give another --name to start over")

@@ -6,7 +6,7 @@ the device. Order and augmentation are a function of (seed, epoch) alone.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,17 +98,15 @@ def locked(folder: Path) -> Iterator[None]:
     """Makes the folder. Of several runs that start together one downloads into it and the others wait, where its file
     system has locks."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not fcntl:
-        with FileLock(folder / LOCK):
-            yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with ExitStack() as held:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if fcntl:
+                descriptor = os.open(folder, os.O_RDONLY)
+                held.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            else:
+                held.enter_context(FileLock(folder / LOCK))
         yield
-    finally:
-        os.close(descriptor)
 
 
 def load_parts(

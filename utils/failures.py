@@ -8,24 +8,49 @@ import torch.distributed as dist
 
 from utils.interruptions import Stopped
 from utils.photographs import WorkerDied
-from utils.processes import Failure, end_workers, is_first, leave
+from utils.printing import flush_or_drop, say
+from utils.processes import Failure, allow_open_files, end_workers, is_first, leave
+
+
+class TooManyFiles(Failure):
+    """More than the system lets this process or its workers open at a time."""
 
 
 def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Calls main(argv). What the user typed wrong is one line on stderr and exit code 2, what goes wrong 1."""
     try:
-        main(argv)
+        call(main, argv)
     except (Exception, KeyboardInterrupt) as error:
         if not (told := line_and_code(error)):
             raise
         of_all = getattr(error, "of_all", False)
         if is_first() or not of_all:
-            print(f"{script}: {told[0]}", file=sys.stderr)
+            say(f"{script}: {told[0]}", sys.stderr)
         if of_all:  # gloo aborts a process that exits with its threads alive
             leave()
         sys.exit(told[1])
     finally:
         end_workers()
+        flush_or_drop()
+
+
+def call(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Raises TooManyFiles for whatever torch, multiprocessing and Python's imports raise then."""
+    try:
+        allow_open_files()
+        main(argv)
+        if sys.stdout:
+            sys.stdout.flush()
+    except Exception as error:
+        of: BaseException | None = error
+        while of and not any(words in str(of) for words in ("Too many open files", "items of ancdata")):
+            of = of.__cause__ or of.__context__
+        if of:
+            sys.unraisablehook = lambda _: None  # what is half-made, such as a loader, cannot be taken apart
+            raise TooManyFiles(
+                "too many open files: a higher `ulimit -n` allows more, fewer --workers need less"
+            ) from error
+        raise
 
 
 def line_and_code(error: BaseException) -> tuple[str, int] | None:

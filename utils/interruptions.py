@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from utils.checkpoint import Checkpoints, Progress
 from utils.processes import Failure, is_first, largest
 
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
 AT_ONCE = 2.0  # seconds: a scheduler signals torchrun and its processes, and torchrun hands the signal on to them
 
 
@@ -21,9 +24,16 @@ class Stopped(Failure):
         self.exit_code, self.of_all = 128 + number, True
 
 
+def heard() -> list[signal.Signals]:
+    """The signals that stop a run: SIGINT, SIGTERM, and of the others those that the system has, and that neither a
+    parent has set to ignore (nohup) nor a debugger has taken."""
+    always = (signal.SIGINT, signal.SIGTERM)
+    return [number for number in SIGNALS if number in always or signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+
 class Interruptions:
-    """While it is entered, SIGINT and SIGTERM are only noted. A second one does what it always did, unless it comes at
-    once.
+    """While it is entered, signals are only noted. The same one again does what it always did, unless it comes at once:
+    a scheduler may send SIGTERM while the run still saves for the SIGUSR1 that came before.
 
     Args:
         save_minutes: at least so often a run saves.
@@ -33,10 +43,10 @@ class Interruptions:
         self.seconds = 60 * save_minutes
         self.saved = time.monotonic()
         self.noted = self.agreed = 0
-        self.noted_at = 0.0
+        self.noted_at: dict[int, float] = {}
 
     def __enter__(self) -> "Interruptions":
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.note) for number in heard()}
         return self
 
     def __exit__(self, _kind: object = None, error: BaseException | None = None, *_: object) -> None:
@@ -47,9 +57,8 @@ class Interruptions:
             raise Stopped(self.noted) from error
 
     def note(self, number: int, _frame: FrameType | None) -> None:
-        if not self.noted:
-            self.noted, self.noted_at = number, time.monotonic()
-        elif time.monotonic() - self.noted_at > AT_ONCE:
+        self.noted = self.noted or number
+        if time.monotonic() - self.noted_at.setdefault(number, time.monotonic()) > AT_ONCE:
             self.__exit__()
             signal.raise_signal(number)
 

@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
 from pathlib import Path
 from types import FrameType
 
@@ -19,11 +20,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from utils.files import ImageError
 from utils.image_list import ImageList
+from utils.interruptions import AT_ONCE, heard
+from utils.printing import say
 from utils.processes import Failure, is_first
 from utils.schedules import seed_for
 
@@ -174,7 +178,7 @@ def load_part(data: str | Path, part: str, transform: v2.Transform, seed: int, s
     photographs = Photographs(folder, transform, seed, skip_corrupt)
     if (left := photographs.images.passed_over) and is_first():
         names = ", ".join(sorted(set(left)))
-        print(f"{folder}: passed over {len(left)} folders that a system left there ({names})", file=sys.stderr)
+        say(f"{folder}: passed over {len(left)} folders that a system left there ({names})", sys.stderr)
     return photographs
 
 
@@ -228,17 +232,24 @@ def make_loader(photographs: Photographs, keys: EpochSampler | list, workers: in
 
 def outlive_signals(_worker: int) -> None:
     """A worker ends with its process, once that has saved (utils.processes.end_workers). A terminal and torchrun signal
-    whole process groups, a scheduler all processes: the first signal is left to the worker's process, the second ends
-    the worker."""
+    whole process groups, a scheduler all processes: a signal is left to the worker's process; the same one again ends
+    the worker, unless it comes at once."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in heard():
         signal.signal(number, let_pass)
+    Queue._on_queue_feeder_error = hand_over_error
 
 
-def let_pass(_number: int, _frame: FrameType | None) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os._exit(0))
+def let_pass(number: int, _frame: FrameType | None) -> None:
+    until = time.monotonic() + AT_ONCE
+    signal.signal(number, lambda *_: os._exit(0) if time.monotonic() > until else None)
+
+
+def hand_over_error(queue: Queue, _error: Exception, batch: tuple) -> None:
+    """In the place of a batch that could not be handed over, for want of open files for one. Left to itself the queue
+    prints the error, and the worker's process waits for the batch for ever."""
+    queue.put((batch[0], ExceptionWrapper(where="in a worker")))
 
 
 def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

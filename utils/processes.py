@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # What a launcher gives each process, all of it: schedulers leave some of these behind in an environment.
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
@@ -54,6 +60,19 @@ def join(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def allow_open_files() -> None:
+    """As many as the system lets this process and its workers open, 65,536 at most; macOS takes no more than 10,240."""
+    if not resource:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for most in (65_536, 10_240):
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        if 0 <= soft < most:
+            with suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+                return
 
 
 def end_workers() -> None:

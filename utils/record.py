@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils.checkpoint import CheckpointError, Checkpoints, Progress, save_weights
 from utils.files import replacing
+from utils.printing import say
 
 COLUMNS = (
     *("epoch", "lr", "dist_prob", "distorted", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5"),
@@ -68,9 +69,9 @@ class Recorder:
         self.checkpoints, rows = checkpoints, progress.rows
         if progress.step:
             within = f" and {progress.step} steps in all" if progress.totals is not None else ""
-            print(f"{folder}: going on after epoch {len(rows)}{within}")
+            say(f"{folder}: going on after epoch {len(rows)}{within}")
         if rows and not (folder / "best.pt").exists():
-            print(f"{folder}/best.pt is missing: there will be one if a later epoch is better")
+            say(f"{folder}/best.pt is missing: there will be one if a later epoch is better")
         here = surroundings(command, device, settings["amp"]) | {"compile": settings["compile"]}
         config = folder / "config.json"
         write_json(config, with_places(json.loads(config.read_text()), here) if config.exists() else settings | here)
@@ -86,7 +87,7 @@ class Recorder:
         self.checkpoints.save(model, optimizer, progress)
         write_metrics(self.folder, rows)
         write_events(self.events, rows[-1])
-        print(epoch_line(rows[-1], self.settings["epochs"], self.evaluated_on), flush=True)
+        say(epoch_line(rows[-1], self.settings["epochs"], self.evaluated_on))
 
     def finish(self, rows: Sequence[dict[str, float]], model: nn.Module, learned_top1: float | None = None) -> None:
         """summary.json, whose presence means that the run is complete, and curve.png. `learned_top1` is the accuracy of
@@ -111,14 +112,14 @@ class Recorder:
             "seconds": round(sum(row["seconds"] for row in rows), 1),
         }
         write_json(self.folder / "summary.json", summary)
-        print(f"{self.folder}:\n{json.dumps(summary, indent=1)}")
+        say(f"{self.folder}:\n{json.dumps(summary, indent=1)}")
         draw_curve(self.folder, rows, self.evaluated_on)
 
 
 def say_complete(folder: Path) -> None:
     """Prints the summary of a complete run, and draws its curve.png where that is missing."""
     summary = (folder / "summary.json").read_text()
-    print(f"{folder} is complete:\n{summary}", end="")
+    say(f"{folder} is complete:\n{summary.rstrip()}")
     if not (folder / "curve.png").exists():
         draw_curve(folder, read_metrics(folder), read_json(folder / "summary.json")["evaluated_on"])
 
