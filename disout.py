@@ -101,8 +101,8 @@ class Disout(nn.Module):
         self.features_last = features_last
         # A tensor, so that a compiled network does not recompile with every rate; not in the state dict, so that the
         # layer can be put into a trained network and taken out again.
-        self.register_buffer("_dist_prob", torch.zeros(()), persistent=False)
-        self.register_buffer("distorted", torch.zeros(()), persistent=False)
+        self.register_buffer("_dist_prob", torch.zeros((), dtype=torch.float32), persistent=False)
+        self.register_buffer("distorted", torch.zeros((), dtype=torch.float32), persistent=False)
         # At least the largest rate set so far: bounds the number of seeds. Text, as a compiler would take a number that
         # changed for a variable, which no shape can depend on.
         self._bound = "1.0"
@@ -169,7 +169,7 @@ def distorted_map(layer: Disout, x: Tensor, next_weight: Tensor | None, groups: 
         seeds = draw_seeds(layer._dist_prob, maps, layer.block_size)
         keep = keep_mask(seeds, maps.shape[2:], layer.block_size, layer.inside)
         s = NO_READER_STRENGTH if next_weight is None else strength(next_weight, draw_signs(next_weight, maps), groups)
-        noise = torch.randn_like(maps, dtype=torch.float32) if layer.alpha else torch.zeros((), device=x.device)
+        noise = torch.randn_like(maps, dtype=torch.float32) if layer.alpha else layer._dist_prob.new_zeros(())
         y, kept_share = distort(maps, keep, noise, s, layer.alpha)
 
     if not transformed:  # torch.func allows no change of what is not returned
@@ -280,12 +280,16 @@ def distort(x: Tensor, keep: Tensor, noise: Tensor, strength: Tensor | float, al
     nothing is kept. std(x), float32 at least and unbiased over the whole batch, takes no gradient, so the gradient is
     keep / mean(keep), and only the mask and one number are saved for it. Source: the authors' code.
     """
-    kept_share = keep.sum() / keep.numel()
-    features = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    std = features.std(correction=min(1, x.numel() - 1))
+    kept_share = keep.sum().float() / keep.numel()
+    std = deviation(x.detach()).view([1] * x.dim())  # so that a float64 map has noise of float64
     s = strength.view(-1, *[1] * (x.dim() - 2)) if isinstance(strength, Tensor) else strength
     d = (alpha * std * s * noise).to(x.dtype)
     return torch.where(keep, x, d) / torch.where(kept_share > 0, kept_share, 1.0), kept_share
+
+
+def deviation(x: Tensor) -> Tensor:
+    """std(x), in float32 at least; 0 of one element."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).std(correction=min(1, x.numel() - 1))
 
 
 # The form for CPUs: the same distribution in few passes over the map, for its deviation, the mask and the division by
@@ -306,7 +310,7 @@ def cpu_distorted_map(
     s: Tensor | float = NO_READER_STRENGTH
     if next_weight is not None:
         s = strength(next_weight, draw_signs(next_weight, x), groups).index_select(0, channel)[:, None]
-    noise = torch.randn(elements.shape, device=x.device) if layer.alpha else torch.zeros((), device=x.device)
+    noise = torch.randn(elements.shape, dtype=torch.float32, device=x.device) if layer.alpha else rate.new_zeros(())
     return cpu_distort(x, keep, elements, noise, s, layer.alpha)
 
 
@@ -330,7 +334,7 @@ def cpu_draw_seeds(rate: Tensor, places: int, most: int) -> tuple[Tensor, Tensor
     where there is none: all slots are then of one place that is no seed.
     """
     # Not 0, whose logarithm is infinite. In float32, as Apple's GPUs have no float64: a chance is off by 2^-24 at most.
-    gaps = torch.rand(most, device=rate.device).clamp_(min=2**-25).log_().div_(torch.log1p(-rate))
+    gaps = torch.rand(most, dtype=torch.float32, device=rate.device).clamp_(min=2**-25).log_().div_(torch.log1p(-rate))
     seeds = gaps.ceil_().clamp_(1, 2 * places).cumsum(0, dtype=torch.int64).sub_(1)
     first = seeds[:1]
     return seeds.where(seeds < places, first.clamp(max=places - 1)), first >= places
@@ -382,7 +386,7 @@ def cpu_distort(
         alpha: intensity.
     Returns: as `distort`.
     """
-    kept_share = _cpu_count(keep) / keep.numel()
+    kept_share = _cpu_count(keep).float() / keep.numel()
     divisor = torch.where(kept_share > 0, kept_share, 1.0)
     # Without a seed all blocks are the first one, and it stays as it is.
     untouched, features = keep[elements[0]], _cpu_in_memory(x.detach())[elements[0]]

@@ -331,6 +331,19 @@ def test_nothing_is_float64_as_not_every_device_has_it(x, dtype):
     assert dtype in dtypes.seen and torch.float64 not in dtypes.seen
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(x, default_dtype, dtype):
+    weight = torch.randn(6, 8, 3, 3)
+    for alpha in (5.0, 0.0):
+        before = Disout(0.09, 3, alpha)
+        expected = in_training(x, before, weight)
+        default_dtype(dtype)
+        layer = Disout(0.09, 3, alpha)
+        assert torch.equal(in_training(x, layer, weight), expected)
+        assert torch.equal(layer.distorted, before.distorted) and layer.distorted.dtype == torch.float32
+        default_dtype(torch.float32)
+
+
 # State
 
 
