@@ -260,6 +260,38 @@ def test_finite_where_everything_is_distorted(shape):
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("values", ["one of 1e20", "all of 1e30", "all of 1e-30", "a mean of 1e4"])
+def test_noise_has_its_size_whatever_that_of_the_values(x, values, dtype):
+    if values == "one of 1e20":
+        x[0, 0, 0, 0] = 1e20
+    else:
+        x = x * float(values.split()[-1]) if "all" in values else x + 1e4
+    x, seeds, noise = x.to(dtype), torch.zeros(x.shape, dtype=torch.bool), torch.randn(x.shape)
+    seeds[0, :, 1] = True
+    _, y, share = distorted(x, seeds, noise, torch.full((8,), 0.5), 2.0, 1)
+    expected = (noise * (2.0 * 0.5 * x.double().std() / share)).to(dtype)
+    assert y.isfinite().all() and expected[seeds].any()
+    torch.testing.assert_close(y[seeds], expected[seeds], rtol=1e-3, atol=0)
+    assert torch.equal(y[~seeds], (x / share)[~seeds])
+
+
+@pytest.mark.parametrize("where", ["x", "weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_without_a_seed_what_is_not_finite_stays_where_it_is(x, where, value):
+    weight = torch.randn(6, 8, 3, 3)
+    (x if where == "x" else weight)[:, :, 0, 0] = value
+    torch.testing.assert_close(in_training(x, Disout(0.0, 3, 5.0), weight), x, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_infinite_gradient_at_a_distorted_element_is_none(x):
+    x = x.abs().requires_grad_()
+    y = in_training(x, Disout(0.3, 3, 0.0))
+    y.sqrt().sum().backward()  # whose gradient at 0 is infinite
+    assert (y == 0).any() and (x.grad[y == 0] == 0).all()
+    assert x.grad.isfinite().all()
+
+
 def test_empty_batch(x):
     assert in_training(x[:0], Disout(0.5)).shape == (0, 8, 8, 8)
 
