@@ -128,12 +128,13 @@ class Disout(nn.Module):
                 element; with `features_last`, C or F comes last. Any floating-point dtype.
             next_weight: weight of the convolution (out, C/groups, k, k; a transposed one's as .transpose(0, 1)) or
                 linear layer (out, C) that reads `x` next. No gradient. None where nothing reads it: strength 0.01.
+                That of fully_shard (FSDP2) is gathered in each forward, so all ranks must call the same layers.
             groups: of the layer that reads, 1 for a linear or transposed one; tells a weight that only happens to fit.
                 None: C over the weight's second dimension.
         Returns: tensor of x's shape and dtype; in evaluation x itself.
         Raises:
-            ValueError: x, or next_weight with these groups, is of no such shape; in training, x is on another device
-                than the layer, which .to() moves.
+            ValueError: x, or next_weight with these groups, is of no such shape; next_weight has no elements, or is on
+                meta; in training, x is on another device than the layer, which .to() moves.
             RuntimeError: torch.func.vmap maps x, in training.
         """
         return distorted_map(self, x, next_weight, groups)
@@ -257,14 +258,22 @@ def strength(next_weight: Tensor, signs: Tensor, groups: int | None = None) -> T
         groups = channels // shape[1] if len(shape) > 2 and shape[1] else 1
     elif not isinstance(groups, Integral) or groups < 1:
         raise ValueError(f"groups must be a whole number of at least 1, not {groups!r}")
-    if len(shape) < (3 if groups > 1 else 2) or groups * shape[1] != channels or shape[0] % groups:
+    on_meta = next_weight.is_meta and not signs.is_meta
+    fits = len(shape) >= (3 if groups > 1 else 2) and groups * shape[1] == channels and shape[0] % groups == 0
+    if not fits or 0 in shape or on_meta:
         expected = f"(out, C/groups, k, k) or (out, C) for C = {channels} and groups = {groups}"
-        raise ValueError(f"next_weight must be {expected}, not {shape}")
-    weight = next_weight.detach().float()
+        raise ValueError(f"next_weight must be {expected}, not {shape}{' on meta' if on_meta else ''}")
+    weight = whole_weight(next_weight).float()
     # To the map's device, should the network be split between the two.
     largest = weight.view(groups, -1, *shape[1:]).amax(dim=1).reshape(channels, -1).to(signs.device)
     s = (largest * signs.reshape(channels, -1)).mean(dim=1)
     return 0.1 * s if largest.shape[1] == 1 else s
+
+
+def whole_weight(weight: Tensor) -> Tensor:
+    """weight, without gradient, gathered from all processes where fully_shard (FSDP2) has split it among them."""
+    weight = weight.detach()
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def distort(x: Tensor, keep: Tensor, noise: Tensor, strength: Tensor | float, alpha: float) -> tuple[Tensor, Tensor]:
