@@ -117,6 +117,20 @@ def test_whole_maps_are_distorted_at_the_rate_itself():
     assert gone.float().mean().item() == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / 10_000))
 
 
+@pytest.mark.parametrize(("inside", "rows", "expected"), [(False, [0, 1], 0.0476), (True, [1, 1], 0.0957)])
+def test_rate_where_a_block_covers_one_side(inside, rows, expected):
+    """As the authors place it, it is shifted there too, so one row of two is never distorted."""
+    x = torch.ones(1000, 20, 2, 40, requires_grad=True)
+    in_training(x, Disout(0.1, block_size=6, inside=inside)).sum().backward()
+    gamma = 0.1 * 80 / (2 * 6) / (1 * 35)
+    covering = torch.tensor([min(6, i - (not inside) + 1, 40 - max(5, i - (not inside))) for i in range(40)])
+    predicted = torch.tensor(rows)[:, None] * (1 - (1 - gamma) ** covering)
+    assert predicted.mean().item() == pytest.approx(expected, abs=5e-5)
+    measured = (x.grad == 0).float().mean((0, 1))
+    assert ((measured - predicted).abs() <= 5 * (predicted * (1 - predicted) / 20_000).sqrt()).all()
+    assert f"{100 * expected:.2f} %" in Disout.__doc__
+
+
 def test_features_are_distorted_one_by_one_whatever_the_block():
     layer = Disout(0.2, block_size=6, alpha=0.0)
     y = in_training(torch.ones(1000, 20), layer, torch.ones(5, 20))
