@@ -292,9 +292,12 @@ def distort(x: Tensor, keep: Tensor, noise: Tensor, strength: Tensor | float, al
     keep / mean(keep), and only the mask and one number are saved for it. Source: the authors' code.
     """
     kept_share = keep.sum().float() / keep.numel()
-    std = deviation(x.detach()).view([1] * x.dim())  # so that a float64 map has noise of float64
-    s = strength.view(-1, *[1] * (x.dim() - 2)) if isinstance(strength, Tensor) else strength
-    d = (alpha * std * s * noise).to(x.dtype)
+    if alpha:
+        std = deviation(x.detach()).view([1] * x.dim())  # so that a float64 map has noise of float64
+        s = strength.view(-1, *[1] * (x.dim() - 2)) if isinstance(strength, Tensor) else strength
+        d = (alpha * std * s * noise).to(x.dtype)
+    else:
+        d = x.new_zeros(())
     return torch.where(keep, x, d) / torch.where(kept_share > 0, kept_share, 1.0), kept_share
 
 
@@ -402,7 +405,7 @@ def cpu_distort(
     # Without a seed all blocks are the first one, and it stays as it is.
     untouched = _cpu_once(keep[elements[0, :1]] == 1)
     features = _cpu_in_memory(x.detach())[elements[0]].to(torch.promote_types(x.dtype, torch.float32))
-    scale = (alpha * cpu_deviation(x.detach()) / divisor).view(1) * strength
+    scale = (alpha * cpu_deviation(x.detach()) / divisor).view(1) * strength if alpha else divisor.new_zeros(1)
     features, scale = torch.where(untouched, features, 0.0), torch.where(untouched, 0.0, scale)
     values = torch.addcmul(_cpu_once(features), noise, _cpu_once(scale))
     return _CpuReplaced.apply(x, keep, divisor, elements, values), kept_share

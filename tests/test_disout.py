@@ -244,6 +244,16 @@ def test_alpha_zero_is_dropblock(x):
     torch.testing.assert_close(y, x * kept / kept.float().mean())
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_alpha_zero_drops_to_zero_also_where_a_value_is_not_finite(x, value):
+    x[:, 0, 0, 0] = value
+    x.requires_grad_()
+    y = in_training(x, Disout(0.3, block_size=3, alpha=0.0), torch.full((6, 8, 3, 3), value))
+    kept = torch.autograd.grad(y.sum(), x)[0] != 0
+    assert (y[~kept] == 0).all() and not kept.all() and not y.isfinite().all()
+    torch.testing.assert_close(y[kept], (x / kept.float().mean())[kept], equal_nan=True)
+
+
 # When it does nothing
 
 
