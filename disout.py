@@ -54,7 +54,9 @@ class Disout(nn.Module):
         inside: keep even blocks wholly inside the map. The authors place the block of a seed in row i, for an even
             block_size b, in rows i - b/2 + 1 to i + b/2, but allow the seeds b/2 to H - b/2 (columns likewise), so the
             first row is never distorted and the last block is cut. Their accuracies are those of this code, hence the
-            default. Odd blocks, and blocks that cover the whole map, lie inside either way.
+            default. Odd blocks lie inside either way, as does a block that covers the map along each side. An even one
+            that covers one side alone is still shifted and cut there: of maps 2 x 40, at block_size 6 and dist_prob
+            0.1, the first row is never distorted, and 4.76 % of the elements are (9.57 % inside).
                 rows of an 8-row map          0 1 2 3 4 5 6 7   0 1 2 3 4 5 6 7   0 1 2 3 4 5 6 7
                 block_size 6, as the authors  . # # # # # # .   . . # # # # # #   . . . # # # # #
                 block_size 6, inside          # # # # # # . .   . # # # # # # .   . . # # # # # #
@@ -101,8 +103,8 @@ class Disout(nn.Module):
         self.features_last = features_last
         # A tensor, so that a compiled network does not recompile with every rate; not in the state dict, so that the
         # layer can be put into a trained network and taken out again.
-        self.register_buffer("_dist_prob", torch.zeros(()), persistent=False)
-        self.register_buffer("distorted", torch.zeros(()), persistent=False)
+        self.register_buffer("_dist_prob", torch.zeros((), dtype=torch.float32), persistent=False)
+        self.register_buffer("distorted", torch.zeros((), dtype=torch.float32), persistent=False)
         # At least the largest rate set so far: bounds the number of seeds. Text, as a compiler would take a number that
         # changed for a variable, which no shape can depend on.
         self._bound = "1.0"
@@ -128,12 +130,13 @@ class Disout(nn.Module):
                 element; with `features_last`, C or F comes last. Any floating-point dtype.
             next_weight: weight of the convolution (out, C/groups, k, k; a transposed one's as .transpose(0, 1)) or
                 linear layer (out, C) that reads `x` next. No gradient. None where nothing reads it: strength 0.01.
+                That of fully_shard (FSDP2) is gathered in each forward, so all ranks must call the same layers.
             groups: of the layer that reads, 1 for a linear or transposed one; tells a weight that only happens to fit.
                 None: C over the weight's second dimension.
         Returns: tensor of x's shape and dtype; in evaluation x itself.
         Raises:
-            ValueError: x, or next_weight with these groups, is of no such shape; in training, x is on another device
-                than the layer, which .to() moves.
+            ValueError: x, or next_weight with these groups, is of no such shape; next_weight has no elements, or is on
+                meta; in training, x is on another device than the layer, which .to() moves.
             RuntimeError: torch.func.vmap maps x, in training.
         """
         return distorted_map(self, x, next_weight, groups)
@@ -169,7 +172,7 @@ def distorted_map(layer: Disout, x: Tensor, next_weight: Tensor | None, groups: 
         seeds = draw_seeds(layer._dist_prob, maps, layer.block_size)
         keep = keep_mask(seeds, maps.shape[2:], layer.block_size, layer.inside)
         s = NO_READER_STRENGTH if next_weight is None else strength(next_weight, draw_signs(next_weight, maps), groups)
-        noise = torch.randn_like(maps, dtype=torch.float32) if layer.alpha else torch.zeros((), device=x.device)
+        noise = torch.randn_like(maps, dtype=torch.float32) if layer.alpha else layer._dist_prob.new_zeros(())
         y, kept_share = distort(maps, keep, noise, s, layer.alpha)
 
     if not transformed:  # torch.func allows no change of what is not returned
@@ -257,14 +260,22 @@ def strength(next_weight: Tensor, signs: Tensor, groups: int | None = None) -> T
         groups = channels // shape[1] if len(shape) > 2 and shape[1] else 1
     elif not isinstance(groups, Integral) or groups < 1:
         raise ValueError(f"groups must be a whole number of at least 1, not {groups!r}")
-    if len(shape) < (3 if groups > 1 else 2) or groups * shape[1] != channels or shape[0] % groups:
+    on_meta = next_weight.is_meta and not signs.is_meta
+    fits = len(shape) >= (3 if groups > 1 else 2) and groups * shape[1] == channels and shape[0] % groups == 0
+    if not fits or 0 in shape or on_meta:
         expected = f"(out, C/groups, k, k) or (out, C) for C = {channels} and groups = {groups}"
-        raise ValueError(f"next_weight must be {expected}, not {shape}")
-    weight = next_weight.detach().float()
+        raise ValueError(f"next_weight must be {expected}, not {shape}{' on meta' if on_meta else ''}")
+    weight = whole_weight(next_weight).float()
     # To the map's device, should the network be split between the two.
     largest = weight.view(groups, -1, *shape[1:]).amax(dim=1).reshape(channels, -1).to(signs.device)
     s = (largest * signs.reshape(channels, -1)).mean(dim=1)
     return 0.1 * s if largest.shape[1] == 1 else s
+
+
+def whole_weight(weight: Tensor) -> Tensor:
+    """weight, without gradient, gathered from all processes where fully_shard (FSDP2) has split it among them."""
+    weight = weight.detach()
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def distort(x: Tensor, keep: Tensor, noise: Tensor, strength: Tensor | float, alpha: float) -> tuple[Tensor, Tensor]:
@@ -280,12 +291,19 @@ def distort(x: Tensor, keep: Tensor, noise: Tensor, strength: Tensor | float, al
     nothing is kept. std(x), float32 at least and unbiased over the whole batch, takes no gradient, so the gradient is
     keep / mean(keep), and only the mask and one number are saved for it. Source: the authors' code.
     """
-    kept_share = keep.sum() / keep.numel()
-    features = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    std = features.std(correction=min(1, x.numel() - 1))
-    s = strength.view(-1, *[1] * (x.dim() - 2)) if isinstance(strength, Tensor) else strength
-    d = (alpha * std * s * noise).to(x.dtype)
+    kept_share = keep.sum().float() / keep.numel()
+    if alpha:
+        std = deviation(x.detach()).view([1] * x.dim())  # so that a float64 map has noise of float64
+        s = strength.view(-1, *[1] * (x.dim() - 2)) if isinstance(strength, Tensor) else strength
+        d = (alpha * std * s * noise).to(x.dtype)
+    else:
+        d = x.new_zeros(())
     return torch.where(keep, x, d) / torch.where(kept_share > 0, kept_share, 1.0), kept_share
+
+
+def deviation(x: Tensor) -> Tensor:
+    """std(x), in float32 at least; 0 of one element."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).std(correction=min(1, x.numel() - 1))
 
 
 # The form for CPUs: the same distribution in few passes over the map, for its deviation, the mask and the division by
@@ -306,7 +324,7 @@ def cpu_distorted_map(
     s: Tensor | float = NO_READER_STRENGTH
     if next_weight is not None:
         s = strength(next_weight, draw_signs(next_weight, x), groups).index_select(0, channel)[:, None]
-    noise = torch.randn(elements.shape, device=x.device) if layer.alpha else torch.zeros((), device=x.device)
+    noise = torch.randn(elements.shape, dtype=torch.float32, device=x.device) if layer.alpha else rate.new_zeros(())
     return cpu_distort(x, keep, elements, noise, s, layer.alpha)
 
 
@@ -330,7 +348,7 @@ def cpu_draw_seeds(rate: Tensor, places: int, most: int) -> tuple[Tensor, Tensor
     where there is none: all slots are then of one place that is no seed.
     """
     # Not 0, whose logarithm is infinite. In float32, as Apple's GPUs have no float64: a chance is off by 2^-24 at most.
-    gaps = torch.rand(most, device=rate.device).clamp_(min=2**-25).log_().div_(torch.log1p(-rate))
+    gaps = torch.rand(most, dtype=torch.float32, device=rate.device).clamp_(min=2**-25).log_().div_(torch.log1p(-rate))
     seeds = gaps.ceil_().clamp_(1, 2 * places).cumsum(0, dtype=torch.int64).sub_(1)
     first = seeds[:1]
     return seeds.where(seeds < places, first.clamp(max=places - 1)), first >= places
@@ -382,12 +400,14 @@ def cpu_distort(
         alpha: intensity.
     Returns: as `distort`.
     """
-    kept_share = _cpu_count(keep) / keep.numel()
+    kept_share = _cpu_count(keep).float() / keep.numel()
     divisor = torch.where(kept_share > 0, kept_share, 1.0)
     # Without a seed all blocks are the first one, and it stays as it is.
-    untouched, features = keep[elements[0]], _cpu_in_memory(x.detach())[elements[0]]
-    scale = _cpu_once(alpha * cpu_deviation(x.detach()) / divisor * (1 - untouched[:1]) * strength)
-    values = torch.addcmul(_cpu_once(untouched * features.to(torch.promote_types(x.dtype, noise.dtype))), noise, scale)
+    untouched = _cpu_once(keep[elements[0, :1]] == 1)
+    features = _cpu_in_memory(x.detach())[elements[0]].to(torch.promote_types(x.dtype, torch.float32))
+    scale = (alpha * cpu_deviation(x.detach()) / divisor).view(1) * strength if alpha else divisor.new_zeros(1)
+    features, scale = torch.where(untouched, features, 0.0), torch.where(untouched, 0.0, scale)
+    values = torch.addcmul(_cpu_once(features), noise, _cpu_once(scale))
     return _CpuReplaced.apply(x, keep, divisor, elements, values), kept_share
 
 
@@ -417,20 +437,27 @@ class _CpuReplaced(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         keep, divisor = ctx.saved_tensors
         grad_x = _cpu_as_map(keep.to(grad.dtype), grad.shape, ctx.contiguous)
+        where_kept = torch.ops.aten.threshold_backward  # also of an infinite gradient, at five times the speed of where
         try:
-            grad_x.mul_(grad)
-        except RuntimeError:  # many gradients for the one mask, as vmap has them, do not fit into it
-            grad_x = grad_x * grad
+            where_kept.grad_input(grad, grad_x, 0, grad_input=grad_x)
+        except RuntimeError:  # gradients with a graph of their own, or many for the one mask, as vmap has them
+            grad_x = where_kept.default(grad, grad_x, 0)
         return grad_x.div_(divisor), None, None, None, None
 
 
 def cpu_deviation(x: Tensor) -> Tensor:
-    """std(x), in float32 at least, in one pass, so faster than std() on a CPU. Where the mean is 100 deviations
-    large, it is good to 1 %; where it is 10, to 0.01 %."""
-    features = _cpu_in_memory(x.to(torch.promote_types(x.dtype, torch.float32)))
-    rows = features.view(x.shape[0], -1)  # few terms, for precision
-    square = torch.linalg.vector_norm(rows, dim=1).square().sum() - rows.sum(1).sum().square() / x.numel()
-    return torch.sqrt(square.clamp(min=0) / max(x.numel() - 1, 1))
+    """What `deviation` returns, to 0.05 %, from sums in float32, which are faster, where these are as good: rows of few
+    terms, no mean far from 0, no squares too large or too small. Compiled, it is `deviation`."""
+    if torch.compiler.is_compiling() or x[0].numel() > 2**20:
+        return deviation(x)
+    rows = _cpu_in_memory(x.to(torch.promote_types(x.dtype, torch.float32))).view(x.shape[0], -1)
+    squares = torch.linalg.vector_norm(rows, dim=1).square().sum()
+    centred = squares - rows.sum(1).sum().square() / x.numel()
+    try:
+        good = bool(1e-30 * x.numel() < squares < 16 * centred)
+    except RuntimeError:  # traced, without values
+        good = False
+    return torch.sqrt(centred / max(x.numel() - 1, 1)) if good else deviation(x)
 
 
 def _cpu_count(keep: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ to name the reader.
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from itertools import count
+from itertools import chain, count
 from typing import Any, Literal, cast
 
 from torch import Tensor, fx, nn
 
-from disout import Disout
+from disout import Disout, whole_weight
 from disout_attach.graph import CONVOLUTIONS, LAYERS, RECURRENT
-from disout_attach.readers import Parts, Piece
+from disout_attach.readers import Parts, Piece, Reader, by_hand
 
 # Networks are trained with these frozen, by eval(): neither their mode nor that of what is in them says anything.
 BATCH_NORMS = (nn.modules.batchnorm._NormBase,)
@@ -32,12 +32,12 @@ class Hook:
     """A forward hook that distorts what its module returns. An object, so that a deep copy of the network reads the
     copy's weights.
 
-    `readers` are the layers that read its map, and `pieces` which part of it each reads: None for one that the user
-    named. `parent` is the module that holds a batch norm, None for all others.
+    `readers` are the layers that read its map, and `pieces` which part of it each reads: for one that the user named,
+    and that the map cannot be followed to, why. `parent` is the module that holds a batch norm, None for all others.
     """
 
     def __init__(
-        self, layer: Disout, readers: list[Any], pieces: list[Piece | None], names: str, parent: nn.Module | None
+        self, layer: Disout, readers: list[Any], pieces: list[Piece | str], names: str, parent: nn.Module | None
     ) -> None:
         self.layer, self.readers, self.pieces, self.names, self.parent = layer, readers, pieces, names, parent
 
@@ -59,26 +59,28 @@ class Hook:
         return self.layer(x, *self.weight_for(x)) if self.readers else self.layer(x)
 
     def weight_for(self, x: Tensor) -> tuple[Tensor, int]:
-        """The weight, (out, C/groups, ...), that reads the C channels of x, and these groups."""
+        """The weight, (out, C/groups, ...) or of its largest over out, that reads the C channels of x, and groups."""
         last = self.layer.features_last or x.dim() == 2
         channels = x.shape[-1] if last else x.shape[1]
         weights = []
         for reader, piece in zip(self.readers, self.pieces, strict=True):
             weight: Any = weight_of(reader)
             groups = getattr(reader, "groups", 1)
-            total = piece.total if piece and piece.total else channels
             reads = weight.shape[1] * groups
-            # A linear layer that reads a flattened map is a convolution whose kernel is the whole map.
-            flattened = isinstance(reader, nn.Linear) and (piece or not last) and reads % total == 0
-            if reads != total and not flattened:
-                raise ValueError(f"{self.names}: the map has {channels} channels, and this layer reads {reads}")
-            if reads != total:
-                weight = weight.view(weight.shape[0], total, -1)
-            if piece and piece.total and (len(self.pieces) > 1 or piece.columns != tuple(range(total))):
-                if groups > 1:  # of a group's outputs only the largest weights count
-                    weight = weight.detach().unflatten(0, (groups, -1)).amax(1).flatten(0, 1)[None]
-                    groups = 1
-                weight = weight[:, list(piece.columns)]
+            if isinstance(piece, Piece) and piece.columns is not None:
+                # Of the outputs, or those of a group, only the largest weights count.
+                weight = whole_weight(weight)
+                weight = weight.view(groups, -1, *weight.shape[1:]).amax(1).flatten(0, 1)[None]
+                weight, groups = weight[:, [*chain(*piece.columns)]], 1
+                if len(piece.columns[0]) > 1:
+                    weight = weight.unflatten(1, (len(piece.columns), -1)) * (0.1 if piece.tenth else 1)
+            elif reads != channels:
+                # A linear layer that reads a flattened map is a convolution whose kernel is the whole map.
+                if not isinstance(piece, Piece) or reads % channels or not isinstance(reader, nn.Linear):
+                    problem = f"{self.names}: the map has {channels} channels, and this layer reads {reads}"
+                    why = f"; which of them cannot be told ({piece}): {by_hand('it')}" if isinstance(piece, str) else ""
+                    raise ValueError(problem + why)
+                weight = whole_weight(weight).view(weight.shape[0], channels, -1)
             weights.append(weight)
         return (cast(Tensor, weights[0]), groups) if len(weights) == 1 else (joined(weights, self.pieces), 1)
 
@@ -176,6 +178,10 @@ def attach(
             layer of it is exchanged. It distorts where the Disout layer and the module that it follows are in training;
             for a batch norm, which is often frozen, the module that holds it counts in its place. Forward hooks
             distort, which torch.fx drops and torch.jit.script refuses, and nn.DataParallel shares between devices.
+            Under fully_shard (FSDP2), each forward gathers the reader's whole weight once more, so all ranks must call
+            the same layers. The modules that host a Disout layer have a child from then on, so tools that take
+            childless modules for layers (FLOP counters) come first. A weight under `prune` or the old `weight_norm` is
+            read one step late, as it is computed when its layer is called.
         where: names of modules, or globs such as "layer[34].*.conv?". Each must be called once in a forward, and
             return a map (N, C, ...), or (N, ..., C) as linear and recurrent layers do.
         dist_prob, block_size, alpha: of each Disout.
@@ -185,15 +191,18 @@ def attach(
             the network, it looks within the largest part that it can trace and that holds the module. A depthwise or
             grouped convolution reads each channel with the kernels of its own group alone. A linear layer that reads a
             flattened map counts as a convolution whose kernel is the whole map. A recurrent layer reads with
-            weight_ih_l0. A mapping names the readers of some maps, {"layer4.2.conv1": "layer4.2.conv2"}; None, for all
-            of them or for one, is the authors' constant where nothing reads the map.
+            weight_ih_l0 its input, not its state. A channel that a linear layer reads several times, as behind two
+            pools, counts with the mean. A mapping names the readers of some maps, {"layer4.2.conv1": "layer4.2.conv2"},
+            which read the columns that the graph shows; where it does not show them, all of the map's channels in
+            order. None, for all of them or for one, is the authors' constant where nothing reads the map.
         features_last: whether the maps are (N, ..., C). None: as the network's graph, or the module's class, shows.
 
     Returns: a handle that sets the rate of all layers, lists map -> reader when printed, and takes the layers out.
 
     Raises:
         ValueError: nothing has such a name, or the reader or the layout cannot be told; says why, and how to name it.
-            Also in the first forward, where a named reader reads another number of channels than the map has.
+            Also where a named reader reads only a part of the map, or not channel by channel; in the first forward,
+            where the map cannot be followed to it and has another number of channels.
     """
     if type(model).__name__ in ("DataParallel", "DistributedDataParallel", "OptimizedModule"):
         raise ValueError("model: attach to the network itself, before DistributedDataParallel or a compiler takes it")
@@ -205,7 +214,7 @@ def attach(
             raise ValueError(f"where: no module of the network is called {pattern!r}")
     given = named_readers(readers, names, modules)
     parts = Parts(model, names)
-    found = parts.first_readers([name for name in names if name not in given])
+    found = parts.readers(given)
 
     handle = Handle(model)
     try:
@@ -213,11 +222,10 @@ def attach(
             if isinstance(modules[name], RECURRENT) and not modules[name].batch_first and block_size > 1:
                 raise ValueError(f"{name} is not batch_first, so blocks would lie across samples: say block_size=1")
             last = is_features_last(name, modules[name], parts) if features_last is None else features_last
-            pieces: list[Piece | None] = [None] if given.get(name) else []
-            if name in found:
-                pieces = [*found[name].pieces]
-            layers = [modules[piece.name if piece else str(given[name])] for piece in pieces]
-            reader = str(found.get(name) or given[name] or "no reader")
+            read = found.get(name)
+            pieces: list[Any] = [*read.pieces] if isinstance(read, Reader) else [read] if read else []
+            layers = [modules[piece.name if isinstance(piece, Piece) else str(given[name])] for piece in pieces]
+            reader = str(given[name] or "no reader") if name in given else str(read)
             layer = Disout(dist_prob, block_size, alpha, features_last=last).train(model.training)
             places = [device_of(module) for module in (modules[name], *layers, model)]
             layer.to(next(filter(None, places), None))

@@ -1,11 +1,14 @@
 """Which weight reads a feature map next, found in a network's graph, for hooks.py."""
 
+from collections import Counter
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import fx, nn
 
 from disout_attach.graph import RECURRENT, Graph, ancestors, concatenated, is_constant
-from disout_attach.values import CONCATENATIONS, PRODUCTS, REARRANGEMENTS, SQUEEZES, Values
+from disout_attach.values import CONCATENATIONS, PRODUCTS, REARRANGEMENTS, SQUEEZES, Values, is_flat
 
 Channels = dict[fx.Node, tuple[int, ...]]  # of each node that a map comes to, which channels of the map it has
 
@@ -15,8 +18,8 @@ class Piece(NamedTuple):
 
     name: str
     channels: tuple[int, ...]  # of the map
-    columns: tuple[int, ...]  # where the layer has them among those that it reads
-    total: int | None  # channels that it reads; None where it reads features that have been a map
+    columns: tuple[tuple[int, ...], ...] | None  # of the weight, of each of them; None: all of the map, in this order
+    tenth: bool = False  # whether the columns of a channel are several times one feature, not one flattened kernel
 
 
 class Reader(NamedTuple):
@@ -30,6 +33,10 @@ class Reader(NamedTuple):
         notes = [f"{sizes} channels"] if len(self.pieces) > 1 else [f"first of {self.of}"] if self.of > 1 else []
         notes += [f"within {self.within}"] if self.within else []
         return f"{names} ({', '.join(notes)})" if notes else names
+
+
+def by_hand(name: str) -> str:
+    return f"leave {name} out, and place a Disout layer by hand, with the part of the weight that reads its map"
 
 
 def how_to_name(name: str) -> str:
@@ -53,8 +60,33 @@ class Part:
         value = self.values.known.get(nodes[0]) if nodes and nodes[0] else None
         return value.layout == "last" if value else None
 
+    def named_reader(self, name: str, named: str) -> Reader | str:
+        """How the layer that is `named` reads the map of `name`, or why the map cannot be followed to it.
+
+        Raises:
+            ValueError: the layer reads the map in another way than channel by channel, or not all of it.
+        """
+        nodes = self.graph.returned[name]
+        if len(nodes) != 1:
+            return f"{name} is called {len(nodes)} times in a forward"
+        if nodes[0] not in self.values.known:
+            return f"the channels of what {name} returns cannot be told"
+        readers, unknown, parts = self.follow(nodes[0], named)
+        if any(f"{self.graph.prefix}{node.target}" == named for node in unknown):
+            raise ValueError(f"{name} -> {named}: not read channel by channel, in order; {by_hand(name)}")
+        if not readers and unknown:
+            return f"{name} goes to {self.graph.place_of(unknown[0])}, which is not understood"
+        if not readers:
+            return f"{named} does not read it"
+        pieces, _ = self.pieces(readers, nodes[0], parts)
+        channels, read = self.values.known[nodes[0]].channels, sum(len(piece.channels) for piece in pieces)
+        if read < channels:
+            text = f"the map has {channels} channels, and this layer reads {read} of them"
+            raise ValueError(f"{name} -> {named}: {text}; {by_hand(name)}")
+        return Reader(tuple(pieces), 1, self.graph.within)
+
     def first_reader(self, name: str) -> Reader:
-        """Follows the map through the nodes in the order of use."""
+        """Follows the map to the layer that reads it first."""
         nodes = self.graph.returned[name]
         if len(nodes) > 1:
             raise ValueError(
@@ -65,27 +97,8 @@ class Part:
         start = nodes[0]
         if start not in self.values.known:
             raise ValueError(f"the channels of what {name} returns cannot be told: {how_to_name(name)}")
+        readers, unknown, parts = self.follow(start)
         value = self.values.known[start]
-        # Which channel of the map each channel is; -1: none of it. And where a rearrangement begins that is under way.
-        parts: Channels = {start: tuple(range(value.channels))}
-        begun: dict[fx.Node, fx.Node] = {}
-        readers: list[fx.Node] = []
-        unknown: list[fx.Node] = []
-        for node in self.graph.nodes[self.graph.nodes.index(start) + 1 :]:
-            effect, what = self.effect(node, start, parts, begun)
-            if effect == "read":
-                readers.append(node)
-            elif effect == "rearranging":
-                begun[node] = what
-            elif effect == "unknown":
-                unknown.append(what)
-            elif effect:
-                parts[node] = what
-            if effect == "multiplied":  # by gates made from the map itself: what reads it for them alone does not count
-                for gate in self.gates(node, parts):
-                    alone = self.only_for_gate(gate, node, start)
-                    readers = [reader for reader in readers if reader not in alone]
-                    unknown = [stranger for stranger in unknown if stranger not in alone]
         pieces, last = self.pieces(readers, start, parts)
         left = value.channels - sum(len(piece.channels) for piece in pieces)
         if unknown and (left or self.graph.nodes.index(unknown[0]) < last):
@@ -98,6 +111,33 @@ class Part:
         if left:
             raise ValueError(f"nothing reads {left} of the {value.channels} channels of {name}: {how_to_name(name)}")
         return Reader(tuple(pieces), len(readers), self.graph.within)
+
+    def follow(self, start: fx.Node, named: str | None = None) -> tuple[list[fx.Node], list[fx.Node], Channels]:
+        """Follows a map through the nodes in the order of use. Returns the nodes that read it, only those of the layer
+        that is `named` if one is, those that are not understood, and which of its channels come to each node."""
+        value = self.values.known[start]
+        # Which channel of the map each channel is; -1: none of it. And where a rearrangement begins that is under way.
+        parts: Channels = {start: tuple(range(value.channels))}
+        begun: dict[fx.Node, fx.Node] = {}
+        readers: list[fx.Node] = []
+        unknown: list[fx.Node] = []
+        for node in self.graph.nodes[self.graph.nodes.index(start) + 1 :]:
+            effect, what = self.effect(node, start, parts, begun)
+            if effect == "read":
+                if named in (None, f"{self.graph.prefix}{node.target}"):
+                    readers.append(node)
+            elif effect == "rearranging":
+                begun[node] = what
+            elif effect == "unknown":
+                unknown.append(what)
+            elif effect:
+                parts[node] = what
+            if effect == "multiplied":  # by gates made from the map itself: what reads it for them alone does not count
+                for gate in self.gates(node, parts):
+                    alone = self.only_for_gate(gate, node, start)
+                    readers = [reader for reader in readers if reader not in alone]
+                    unknown = [stranger for stranger in unknown if stranger not in alone]
+        return readers, unknown, parts
 
     def effect(
         self, node: fx.Node, start: fx.Node, parts: Channels, begun: dict[fx.Node, fx.Node]
@@ -116,10 +156,7 @@ class Part:
         if under_way or not (node in self.values.known or layer):
             return "rearranging" if kind in REARRANGEMENTS else "unknown", under_way[0] if under_way else node
         if layer:
-            of_map = [channel for channel in parts[sources[0]] if channel >= 0]
-            once = len(set(of_map)) == len(of_map)
-            flat = self.values.known[start].layout == "flat"
-            return ("read", None) if once and self.fits(node, sources[0], flat) else ("unknown", node)
+            return ("read", None) if self.fits(node, sources, start, parts) else ("unknown", node)
         if kind in CONCATENATIONS:
             joined = [parts.get(part, (-1,) * self.values.known[part].channels) for part in concatenated(node)[0]]
             return "passed", tuple(channel for part in joined for channel in part)
@@ -141,12 +178,24 @@ class Part:
         left = set(range(value.channels))
         for reader in readers:
             source = next(source for source in reader.all_input_nodes if source in parts)
-            places = {channel: column for column, channel in enumerate(parts[source]) if channel in left}
+            each = self.columns_each(reader, source)
+            # Which channel of the map each column of the weight reads.
+            read = parts[source] * each
+            if self.values.known[source].layout == "flat":
+                read = tuple(channel for channel in parts[source] for _ in range(each))
+            places: dict[int, list[int]] = {channel: [] for channel in sorted(left.intersection(read))}
+            for column, channel in enumerate(read):
+                if channel in places:
+                    places[channel].append(column)
             if places:
-                channels = tuple(sorted(places))
-                columns = tuple(places[channel] for channel in channels)
-                total = None if value.layout == "flat" else self.values.known[source].channels
-                pieces.append(Piece(f"{self.graph.prefix}{reader.target}", channels, columns, total))
+                columns = tuple(map(tuple, places.values()))
+                in_order = [*chain(*columns)] == [*range(len(read))] and len(columns[0]) == each
+                # Where several features of the map itself are one channel here, the weight reads them in their order.
+                whole = (len(places) == value.channels and in_order) or (is_flat(value) and each > 1)
+                tenth = len(columns[0]) > each == 1
+                pieces.append(
+                    Piece(f"{self.graph.prefix}{reader.target}", tuple(places), None if whole else columns, tenth)
+                )
                 left, last = left - places.keys(), self.graph.nodes.index(reader)
         return pieces, last
 
@@ -173,19 +222,30 @@ class Part:
                 elsewhere.add(node)
         return behind - elsewhere
 
-    def fits(self, node: fx.Node, source: fx.Node, flat: bool) -> bool:
-        """Whether the layer reads the channels of its source one by one."""
+    def fits(self, node: fx.Node, sources: list[fx.Node], start: fx.Node, parts: Channels) -> bool:
+        """Whether the layer reads the channels of its input one by one, and all of them as often. A recurrent layer's
+        state is none."""
+        arguments: list[fx.Node] = []
+        fx.node.map_arg((node.args, node.kwargs), arguments.append)
+        if sources != [node.args[0] if node.args else node.kwargs.get("input")] or arguments.count(sources[0]) > 1:
+            return False
+        module, flat = self.graph.module(node), is_flat(self.values.known[start])
+        counts = Counter(channel for channel in parts[sources[0]] if channel >= 0)
+        each, times = self.columns_each(node, sources[0]), set(counts.values())
+        if flat and each > 1 and self.values.known[sources[0]].layout != self.values.known[start].layout:
+            return False
+        return each > 0 and (times <= {1} or (len(times) == 1 and isinstance(module, nn.Linear)))
+
+    def columns_each(self, node: fx.Node, source: fx.Node) -> int:
+        """How many columns of the layer's weight read each channel of its source, one by one; 0 if it does not."""
         module, value = self.graph.module(node), self.values.known[source]
         if isinstance(module, nn.Linear):
-            if flat:  # the map is features already, and all of them are read
-                return value.layout == "flat"
-            exact = module.in_features == value.channels
-            return (
-                exact if value.layout == "last" else value.layout == "flat" and module.in_features % value.channels == 0
-            )
+            each, rest = divmod(module.in_features, value.channels)
+            fits = not rest and (value.layout in ("flat", "flat last") or (each == 1 and value.layout != "first"))
+            return each if fits else 0
         if isinstance(module, RECURRENT):
-            return value.layout == "last" and value.rank in (3, None) and module.input_size == value.channels
-        return value.layout == "first" and module.in_channels == value.channels
+            return int(value.layout == "last" and value.rank in (3, None) and module.input_size == value.channels)
+        return int(value.layout == "first" and module.in_channels == value.channels)
 
 
 class Parts:
@@ -211,19 +271,24 @@ class Parts:
                 return graph
         return None
 
-    def first_readers(self, names: list[str]) -> dict[str, Reader]:
-        """Of what each of these modules returns.
+    def readers(self, given: Mapping[str, str | None]) -> dict[str, Reader | str]:
+        """Of what each module that `where` names returns, where it is not given as None: of a layer that is given and
+        cannot be followed to, why.
 
         Raises:
             ValueError: one cannot be told; says why, how to name it, and for which others too.
         """
-        found, problems = {}, {}
-        for name in names:
+        found: dict[str, Reader | str] = {}
+        problems: dict[str, str] = {}
+        for name in self.names:
             try:
-                graph = self.of(name)
-                if not graph:
-                    raise ValueError(f"{self.traced['']}, nor a part of it that holds {name}: {how_to_name(name)}")
-                found[name] = graph.first_reader(name)
+                graph, named = self.of(name), given.get(name)
+                if named:
+                    found[name] = graph.named_reader(name, named) if graph else str(self.traced[""])
+                elif name not in given:
+                    if not graph:
+                        raise ValueError(f"{self.traced['']}, nor a part of it that holds {name}: {how_to_name(name)}")
+                    found[name] = graph.first_reader(name)
             except ValueError as error:
                 problems[name] = str(error)
         if problems:

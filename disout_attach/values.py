@@ -31,8 +31,12 @@ REARRANGEMENTS = {
 }
 SIZES = (2, 3, 5, 7)  # batch and sides of the numbered channels
 ARITHMETIC = {"floordiv", "mul", "add", "sub"}  # of sizes
+REDUCTIONS = {"mean", "sum", "amax", "amin"}
 # From a map to one number a channel.
-SQUEEZES = {"mean", *(f"{pool}{sides}d" for pool in ("AdaptiveAvgPool", "adaptive_avg_pool") for sides in (1, 2, 3))}
+SQUEEZES = {
+    *REDUCTIONS,
+    *(f"{pool}{sides}d" for pool in ("AdaptiveAvgPool", "adaptive_avg_pool") for sides in (1, 2, 3)),
+}
 PERMUTATIONS = {  # of maps with two or three sides
     (0, 2, 3, 1): ("first", "last"),
     (0, 3, 1, 2): ("last", "first"),
@@ -45,7 +49,9 @@ SWAPS = {(1, 2), (2, 1), (0, 2, 1)}  # of sequences
 class Value(NamedTuple):
     """What is known of a value in the graph."""
 
-    layout: str  # where its channels are: "first" (N, C, ...), "last" (N, ..., C), or "flat": (N, C * H * W)
+    # Where its channels are: "first" (N, C, ...), "last" (N, ..., C), "flat" (N, C * H * W), "flat last"
+    # (N, H * W * C), or "flat parts": such ones, of sizes that are not known, one after the other.
+    layout: str
     rank: int | None  # its dimensions; None: not known
     channels: int
 
@@ -78,7 +84,7 @@ class Values:
         if isinstance(module, CONVOLUTIONS):
             return Value("first", 2 + len(module.kernel_size), module.out_channels)
         if isinstance(module, nn.Linear):
-            rank = known.rank if known and known.layout == "last" else 2 if known and known.layout == "flat" else None
+            rank = known.rank if known and known.layout == "last" else 2 if known and is_flat(known) else None
             return Value("last", rank, module.out_features)
         if isinstance(module, nn.Embedding):
             return Value("last", None, module.embedding_dim)
@@ -99,6 +105,9 @@ class Values:
         parts, dim = concatenated(node)
         values = [self.known.get(part) for part in parts]
         first = values[0]
+        features = all(value and value.layout != "first" and value.rank in (2, None) for value in values)
+        if features and dim in (1, -1) and any(value and is_flat(value) for value in values):  # all have two dimensions
+            return Value("flat parts", 2, sum(value.channels for value in values if value))
         if first is None or any(value is None or value.layout != first.layout for value in values):
             return None
         dims: dict[tuple[str, int | None], tuple[int, ...]]
@@ -113,7 +122,7 @@ class Values:
         if what in ("Permute", "permute", "transpose"):
             if dims in PERMUTATIONS and value.rank in (len(dims), None) and PERMUTATIONS[dims][0] == value.layout:
                 return value._replace(layout=PERMUTATIONS[dims][1], rank=len(dims))
-            swaps = dims in SWAPS and value.rank == 3 and value.layout != "flat"
+            swaps = dims in SWAPS and value.rank == 3 and not is_flat(value)
             return value._replace(layout="last" if value.layout == "first" else "first") if swaps else None
         if what in ("Flatten", "flatten", "view", "reshape"):
             if what in ("Flatten", "flatten"):
@@ -121,8 +130,10 @@ class Values:
                 whole = dims[:1] == (1,) and ends in (-1, value.rank and value.rank - 1)
             else:
                 whole = node.args[2:] == (-1,) and is_length(node.args[1])
-            return value._replace(layout="flat" if value.layout == "first" else value.layout, rank=2) if whole else None
-        if what == "mean":
+            if not whole or is_flat(value) or value[:2] == ("last", 2):
+                return value if whole else None
+            return value._replace(layout="flat" if value.layout == "first" else "flat last", rank=2)
+        if what in REDUCTIONS:
             return mean(value, dims, bool(node.kwargs.get("keepdim", len(node.args) > 2 and node.args[2])))
         if what == "getitem":
             index: Any = node.args[1]
@@ -168,7 +179,7 @@ class Values:
     def numbers(self, node: fx.Node) -> Any:
         """What the network's code makes of a map that has each channel's number everywhere, of some size."""
         value, module, what = self.known.get(node), self.graph.module(node), self.graph.kind(node)
-        if value and value.rank and value.layout != "flat" and not isinstance(module, RECURRENT):
+        if value and value.rank and not is_flat(value) and not isinstance(module, RECURRENT):
             sides = SIZES[1 : value.rank - 1]
             numbers = torch.arange(float(value.channels)).view(-1, *[1] * len(sides)).expand(SIZES[0], -1, *sides)
             return numbers if value.layout == "first" else numbers.movedim(1, -1)
@@ -182,8 +193,13 @@ class Values:
         return function(*args, **kwargs)
 
 
+def is_flat(value: Value) -> bool:
+    """Whether a channel may be several features."""
+    return value.layout.startswith("flat")
+
+
 def mean(value: Value, dims: tuple[int, ...], keeps: bool) -> Value | None:
-    """Over all sides of a map, over some that stay, or over the steps of a sequence."""
+    """Or another reduction, over all sides of a map, over some that stay, or over the steps of a sequence."""
     rank = value.rank
     if value.layout == "first" and rank and all(dim > 1 or 2 - rank <= dim < 0 for dim in dims):
         return value if keeps else Value("last", 2, value.channels) if len(dims) == rank - 2 else None

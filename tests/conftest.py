@@ -28,6 +28,14 @@ def form(request, monkeypatch):
 
 
 @pytest.fixture
+def default_dtype():
+    """Sets torch's default dtype for one test."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
 def run(tmp_path):
     """Runs train.py in this process, on the digits, on the CPU with the smallest ResNet unless told; returns the run's
     folder."""

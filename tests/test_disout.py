@@ -117,6 +117,20 @@ def test_whole_maps_are_distorted_at_the_rate_itself():
     assert gone.float().mean().item() == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / 10_000))
 
 
+@pytest.mark.parametrize(("inside", "rows", "expected"), [(False, [0, 1], 0.0476), (True, [1, 1], 0.0957)])
+def test_rate_where_a_block_covers_one_side(inside, rows, expected):
+    """As the authors place it, it is shifted there too, so one row of two is never distorted."""
+    x = torch.ones(1000, 20, 2, 40, requires_grad=True)
+    in_training(x, Disout(0.1, block_size=6, inside=inside)).sum().backward()
+    gamma = 0.1 * 80 / (2 * 6) / (1 * 35)
+    covering = torch.tensor([min(6, i - (not inside) + 1, 40 - max(5, i - (not inside))) for i in range(40)])
+    predicted = torch.tensor(rows)[:, None] * (1 - (1 - gamma) ** covering)
+    assert predicted.mean().item() == pytest.approx(expected, abs=5e-5)
+    measured = (x.grad == 0).float().mean((0, 1))
+    assert ((measured - predicted).abs() <= 5 * (predicted * (1 - predicted) / 20_000).sqrt()).all()
+    assert f"{100 * expected:.2f} %" in Disout.__doc__
+
+
 def test_features_are_distorted_one_by_one_whatever_the_block():
     layer = Disout(0.2, block_size=6, alpha=0.0)
     y = in_training(torch.ones(1000, 20), layer, torch.ones(5, 20))
@@ -230,6 +244,16 @@ def test_alpha_zero_is_dropblock(x):
     torch.testing.assert_close(y, x * kept / kept.float().mean())
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_alpha_zero_drops_to_zero_also_where_a_value_is_not_finite(x, value):
+    x[:, 0, 0, 0] = value
+    x.requires_grad_()
+    y = in_training(x, Disout(0.3, block_size=3, alpha=0.0), torch.full((6, 8, 3, 3), value))
+    kept = torch.autograd.grad(y.sum(), x)[0] != 0
+    assert (y[~kept] == 0).all() and not kept.all() and not y.isfinite().all()
+    torch.testing.assert_close(y[kept], (x / kept.float().mean())[kept], equal_nan=True)
+
+
 # When it does nothing
 
 
@@ -257,6 +281,38 @@ def test_finite_where_everything_is_distorted(shape):
     y = in_training(x, layer, torch.randn(4, shape[1]))
     y.sum().backward()
     assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("values", ["one of 1e20", "all of 1e30", "all of 1e-30", "a mean of 1e4"])
+def test_noise_has_its_size_whatever_that_of_the_values(x, values, dtype):
+    if values == "one of 1e20":
+        x[0, 0, 0, 0] = 1e20
+    else:
+        x = x * float(values.split()[-1]) if "all" in values else x + 1e4
+    x, seeds, noise = x.to(dtype), torch.zeros(x.shape, dtype=torch.bool), torch.randn(x.shape)
+    seeds[0, :, 1] = True
+    _, y, share = distorted(x, seeds, noise, torch.full((8,), 0.5), 2.0, 1)
+    expected = (noise * (2.0 * 0.5 * x.double().std() / share)).to(dtype)
+    assert y.isfinite().all() and expected[seeds].any()
+    torch.testing.assert_close(y[seeds], expected[seeds], rtol=1e-3, atol=0)
+    assert torch.equal(y[~seeds], (x / share)[~seeds])
+
+
+@pytest.mark.parametrize("where", ["x", "weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_without_a_seed_what_is_not_finite_stays_where_it_is(x, where, value):
+    weight = torch.randn(6, 8, 3, 3)
+    (x if where == "x" else weight)[:, :, 0, 0] = value
+    torch.testing.assert_close(in_training(x, Disout(0.0, 3, 5.0), weight), x, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_infinite_gradient_at_a_distorted_element_is_none(x):
+    x = x.abs().requires_grad_()
+    y = in_training(x, Disout(0.3, 3, 0.0))
+    y.sqrt().sum().backward()  # whose gradient at 0 is infinite
+    assert (y == 0).any() and (x.grad[y == 0] == 0).all()
     assert x.grad.isfinite().all()
 
 
@@ -331,6 +387,19 @@ def test_nothing_is_float64_as_not_every_device_has_it(x, dtype):
     assert dtype in dtypes.seen and torch.float64 not in dtypes.seen
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(x, default_dtype, dtype):
+    weight = torch.randn(6, 8, 3, 3)
+    for alpha in (5.0, 0.0):
+        before = Disout(0.09, 3, alpha)
+        expected = in_training(x, before, weight)
+        default_dtype(dtype)
+        layer = Disout(0.09, 3, alpha)
+        assert torch.equal(in_training(x, layer, weight), expected)
+        assert torch.equal(layer.distorted, before.distorted) and layer.distorted.dtype == torch.float32
+        default_dtype(torch.float32)
+
+
 # State
 
 
@@ -364,6 +433,10 @@ def test_state_dict_is_empty_and_dist_prob_is_one_tensor(x):
         (lambda: Disout(0.1)(torch.zeros(2, 3, 8, 8), torch.zeros(6, 4, 3, 3)), ("next_weight", "(6, 4, 3, 3)")),
         (lambda: Disout(0.1)(torch.zeros(2, 3, 8, 8), torch.zeros(6)), ("next_weight", "(6,)")),
         (lambda: Disout(0.1)(torch.zeros(2, 6), torch.zeros(5, 3)), ("next_weight", "(5, 3)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6, 8, 8), torch.zeros(0, 6, 3, 3)), ("next_weight", "(0, 6, 3, 3)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6), torch.zeros(0, 6)), ("next_weight", "(0, 6)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6, 8, 8), torch.zeros(5, 6, 0, 0)), ("next_weight", "(5, 6, 0, 0)")),
+        (lambda: Disout(0.1)(torch.zeros(2, 6), torch.zeros(5, 6, device="meta")), ("next_weight", "(5, 6) on meta")),
         (lambda: Disout(0.1)(torch.zeros(2, 6, 8, 8), torch.zeros(4, 3, 3, 3), 1), ("groups = 1", "(4, 3, 3, 3)")),
         (lambda: Disout(0.1)(torch.zeros(2, 6, 8, 8), torch.zeros(4, 6, 3, 3), 2), ("groups = 2", "(4, 6, 3, 3)")),
         (lambda: Disout(0.1)(torch.zeros(2, 6, 8, 8), torch.zeros(5, 3, 3, 3), 2), ("groups = 2", "(5, 3, 3, 3)")),

@@ -63,12 +63,11 @@ def test_the_room_is_exact_for_the_rate_given_first_and_rounded_up_for_larger_on
     assert asked == [0.09, 0.09, 1 / 8, 1 / 8, 1 / 4, 1.0]
 
 
-@pytest.mark.parametrize("mean", [0.0, 10.0, 100.0])
-@pytest.mark.parametrize("shape", [(128, 64, 8, 8), (2, 64, 56, 56), (4, 8)])
+@pytest.mark.parametrize("mean", [0.0, 1.0, 3.0, 10.0, 100.0, 1e4])
+@pytest.mark.parametrize("shape", [(128, 64, 8, 8), (2, 64, 56, 56), (4, 8), (1, 16, 256, 256), (1, 64, 512, 512)])
 def test_deviation_is_that_of_the_whole_batch(shape, mean):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + mean
-    expected = x.double().std().item()
-    assert cpu_deviation(x).item() == pytest.approx(expected, rel=1e-2 if mean > 10 else 1e-4)
+    assert cpu_deviation(x).item() == pytest.approx(x.double().std().item(), rel=5e-4)
 
 
 @pytest.mark.parametrize("rest", [0, 3])

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from conftest import in_training
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from disout import Disout, strength
 
@@ -68,6 +70,16 @@ def test_vmap_is_refused_in_a_sentence(x, randomness):
     with pytest.raises(RuntimeError, match=r"not under torch.func.vmap"):
         torch.func.vmap(layer, randomness=randomness)(x[:, None])
     layer(x)
+
+
+@pytest.mark.usefixtures("form")
+def test_traced_without_values(x):
+    """As tools that estimate memory do it, and torch.fx by what is called."""
+    with FakeTensorMode():
+        layer = Disout(0.3, 3)
+        assert layer(torch.randn(4, 8, 8, 8), torch.randn(6, 8, 3, 3)).shape == (4, 8, 8, 8)
+    traced = make_fx(Disout(0.3, 3, 5.0))(x)
+    assert traced(x).shape == x.shape
 
 
 # Compilation

@@ -23,11 +23,11 @@ def authors_case(name):
     theirs = {key.split("/")[1]: torch.from_numpy(FIGURES[key]) for key in FIGURES.files if key.startswith(f"{name}/")}
     block_size, p, alpha, k = theirs["config"].tolist()
     block_size, size = int(block_size), tuple(theirs["x"].shape[2:])
-    rate, (rows, columns) = seed_rate(torch.tensor(p), size, block_size)
+    rate, (rows, columns) = seed_rate(torch.tensor(p, dtype=torch.float32), size, block_size)
     first = block_size // 2
     seeds = theirs["uniform"][:, :, first : first + rows, first : first + columns] < rate
     x = theirs["x"].clone().requires_grad_()
-    s = torch.full((x.shape[1],), NO_READER_STRENGTH)
+    s = torch.full((x.shape[1],), NO_READER_STRENGTH, dtype=torch.float32)
     if k:
         s = strength(theirs["next_weight"], (theirs["sign_uniform"][0] >= 0.5) * 2 - 1)
     keep, y, _ = distorted(x, seeds, theirs["noise"], s, alpha, block_size)
@@ -36,8 +36,10 @@ def authors_case(name):
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", CASES)
-def test_mask_output_and_gradient_are_the_authors(name):
+def test_mask_output_and_gradient_are_the_authors_under_any_default_dtype(name, dtype, default_dtype):
+    default_dtype(dtype)
     theirs, keep, y, grad = authors_case(name)
     assert torch.equal(keep, theirs["keep"].bool())
     assert 0 < keep.float().mean() < 1

@@ -12,11 +12,14 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import train
 import train_imagenet
-from disout import Disout
+from disout import Disout, strength
+from disout_attach import attach
 from models.resnet_cifar import ResNet
 from utils import photographs
 from utils.engine import Schedule, evaluate, train_epoch
@@ -251,3 +254,31 @@ def test_train_is_for_one_process(monkeypatch, refused):
     for name, value in zip(LAUNCHED, ("1", "1", "2", "29500", "localhost"), strict=True):
         monkeypatch.setenv(name, value)
     assert "train.py is for one process" in refused()
+
+
+def sharded(rank, folder):
+    """A step of a network with Disout layers that fully_shard splits between two processes."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/together", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    head = (nn.ReLU(), nn.Conv2d(4, 6, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5))
+    model, read = nn.Sequential(nn.Conv2d(3, 4, 3), *head), []
+    expected = [model[2].weight.detach().clone(), model[5].weight.detach().view(5, 6, 4).clone()]
+    handle = attach(model, ["0", "2"], 0.5, 3)
+    for layer in handle.layers.values():
+        layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[1]))
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (model[0], model[2], model[5], model):
+        fully_shard(part, mesh=mesh)
+    model(torch.randn(2, 3, 12, 12)).sum().backward()
+    assert hasattr(read[0], "full_tensor")
+    for weight, whole in zip(read, expected, strict=True):
+        signs = torch.ones(whole.shape[1:])
+        assert torch.equal(strength(weight, signs), strength(whole, signs))
+    assert all(layer.distorted > 0 for layer in handle.layers.values())
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    handle.set_dist_prob(0.3)
+    torch.distributed.destroy_process_group()
+
+
+def test_the_weight_of_a_sharded_reader_is_the_whole_one(tmp_path):
+    mp.spawn(sharded, (str(tmp_path),), 2)
