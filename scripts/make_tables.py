@@ -33,7 +33,7 @@ from studies.draw_study import MOST_CURVES, draw_study
 
 from utils.failures import run_script
 from utils.files import replacing
-from utils.flags import Parser, UsageError
+from utils.flags import Parser, UsageError, file_path
 
 FEW = 4  # settings; of more, a picture shows those with the most seeds
 # What the published studies are, in the page's order. Others follow under their folders' names.
@@ -68,9 +68,9 @@ MARKERS = ("<!-- The paper's table, by scripts/make_tables.py -->\n", "<!-- The 
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="default: results/published")
+    parser.add_argument("folder", type=file_path, nargs="?", metavar="FOLDER", help="default: results/published")
     given = parser.parse_args(argv).folder
-    folder = given or ROOT / "results/published"
+    folder = Path(given) if given else ROOT / "results/published"
     page = folder / ("tables.md" if given else "README.md")
     runs = read_runs(folder)
     if not runs:
