@@ -94,13 +94,13 @@ def main(argv: list[str]) -> None:
     texts = [text for title, parts in sections.items() for text in (f"## {title}", *parts)]
     write(page, ["# Published runs", INTRO, contents, *texts])
     if not given:
-        readme = (ROOT / "README.md").read_text()
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
         write(ROOT / "README.md", [with_table(readme, readme_table(published, runs)).rstrip("\n")])
 
 
 def write(path: Path, texts: list[str]) -> None:
     with replacing(path) as partial:
-        partial.write_text("\n\n".join(texts) + "\n")
+        partial.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 
 
 def with_table(readme: str, table: str) -> str:
@@ -191,7 +191,7 @@ def benchmark_tables(folder: Path) -> list[str]:
     """The medians of benchmark.py: a table for the runs on one machine that measured the same."""
     alike: dict[tuple, list[dict]] = {}
     for path in sorted(folder.glob("benchmark/*.json")):
-        benchmark = json.loads(path.read_text()) | {"name": path.stem}
+        benchmark = json.loads(path.read_text(encoding="utf-8")) | {"name": path.stem}
         alike.setdefault((benchmark["machine"], *(row["what"] for row in benchmark["rows"])), []).append(benchmark)
     tables = []
     for (machine, *_), benchmarks in alike.items():

@@ -12,7 +12,7 @@ from utils.files import ImageError, InUse
 from utils.flags import UsageError
 from utils.interruptions import Stopped
 from utils.photographs import WorkerDied
-from utils.printing import flush_or_drop, say
+from utils.printing import flush_or_drop, print_any_character, say
 from utils.processes import allow_open_files, end_workers, is_first
 
 WORKER_DIED = (
@@ -28,6 +28,7 @@ class TooManyFiles(Exception):
 
 def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Calls main(argv). What the user typed wrong is one line on stderr and exit code 2, what goes wrong 1."""
+    print_any_character()
     try:
         call(main, argv)
     except (UsageError, InUse) as error:

@@ -202,7 +202,7 @@ def started_with(folder: Path, settings: dict[str, object]) -> dict[str, object]
     """The settings in the folder's config.json; `settings` where there is none."""
     path = folder / "config.json"
     try:
-        found = json.loads(path.read_text()) if path.exists() else settings
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}, not the settings")
         return found

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     for run in runs:
         rows.append(measure(run))
         print(*(f"{name} {value}" for name, value in rows[-1].items()), sep="  ", flush=True)
-    with replacing(folder / "complexity.csv") as partial, partial.open("w", newline="") as file:
+    with replacing(folder / "complexity.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ("run", *SETTINGS, *MEASURED))
         writer.writeheader()
         writer.writerows(rows)

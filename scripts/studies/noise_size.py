@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
             rows += measure(run, config)
     if not rows:
         raise UsageError(f"no complete run of --model cnn --method disout with its checkpoint in {folder}/NAME")
-    with replacing(folder / "noise_size.csv") as partial, partial.open("w", newline="") as file:
+    with replacing(folder / "noise_size.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
