@@ -28,7 +28,17 @@ from utils.checkpoint import Checkpoints, Progress, has_checkpoint, load_weights
 from utils.engine import Schedule, evaluate, train_epoch
 from utils.failures import run_script
 from utils.files import lock_folder
-from utils.flags import Parser, UsageError, add_shared_flags, check_folder, launch, number, resnet_depth, run_settings
+from utils.flags import (
+    Parser,
+    UsageError,
+    add_shared_flags,
+    check_folder,
+    file_path,
+    launch,
+    number,
+    resnet_depth,
+    run_settings,
+)
 from utils.interruptions import Interruptions, save_within_epoch
 from utils.record import Recorder, epoch_row, say_complete
 from utils.schedules import CIFAR_DECAY, dist_prob_at, lr_at, step_sizes
@@ -55,7 +65,12 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--dataset", choices=data.DATASETS, default="cifar10", help="default: cifar10")
-    add("--data_root", default="data", help="folder that holds CIFAR, or that it is downloaded to (default: data)")
+    add(
+        "--data_root",
+        type=file_path,
+        default="data",
+        help="folder that holds CIFAR, or that it is downloaded to (default: data)",
+    )
     add("--model", choices=("resnet", "cnn"), default="resnet", help="cnn: of Table 1, with defaults of its own")
     add("--depth", type=resnet_depth, default=56, help="of the ResNet, 6n + 2 (default: 56)")
     add("--augment", choices=data.AUGMENTS, default="standard", help="standard (default): crop, flip, rotation")

@@ -28,7 +28,7 @@ from utils.checkpoint import Checkpoints, Progress, has_checkpoint, load_weights
 from utils.engine import Schedule, evaluate, train_epoch
 from utils.failures import run_script
 from utils.files import lock_folder
-from utils.flags import Parser, UsageError, add_shared_flags, check_folder, launch, number, run_settings
+from utils.flags import Parser, UsageError, add_shared_flags, check_folder, file_path, launch, number, run_settings
 from utils.interruptions import Interruptions, save_within_epoch
 from utils.processes import first_does, is_first, join, leave, processes, share
 from utils.record import Recorder, epoch_row, say_complete
@@ -42,7 +42,12 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, obje
     """The flags, the run's settings as config.json holds them, and their defaults."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--data", default="data/imagenet", help="folder of train/CLASS and val/CLASS (default: data/imagenet)")
+    add(
+        "--data",
+        type=file_path,
+        default="data/imagenet",
+        help="folder of train/CLASS and val/CLASS (default: data/imagenet)",
+    )
     add("--workers", type=number(int, 0, 1024), default=8, help="that decode, of each process (default: 8)")
     add("--image_size", type=number(int, 32), default=224, help="side of the images, at least 32 (default: 224)")
     add("--augment", choices=photographs.AUGMENTS, default="standard", help="standard (default): crop and flip")

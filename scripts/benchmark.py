@@ -36,7 +36,7 @@ from models.resnet_imagenet import ResNet50
 from utils import data, photographs
 from utils.engine import Schedule, train_epoch
 from utils.failures import run_script
-from utils.flags import Parser, number, usable_device
+from utils.flags import Parser, file_path, number, usable_device
 from utils.record import device_name, git_commit, write_json
 from utils.speed import set_up
 
@@ -57,8 +57,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=number(int, 1), help="of operations on the CPU")
     parser.add_argument("--eager", action="store_true", help="no compiled training steps")
-    parser.add_argument("--data", help="photographs for the loader (default: generated ones)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--data", type=file_path, help="photographs for the loader (default: generated ones)")
+    parser.add_argument("--json", type=file_path, metavar="FILE", help="write the figures there, too")
     args = parser.parse_args(argv)
     set_up(args.threads, deterministic=False, compiled_for_cpu=not args.eager and args.device.type == "cpu")
     device = args.device
@@ -71,7 +71,9 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows += loader(args.data or generate_photographs(Path(folder)))
     if args.json:
-        write_json(args.json, {"machine": machine, "commit": git_commit(), "rows": [row._asdict() for row in rows]})
+        write_json(
+            Path(args.json), {"machine": machine, "commit": git_commit(), "rows": [row._asdict() for row in rows]}
+        )
 
 
 def training_steps(device: torch.device, compiled: bool) -> list[Row]:

@@ -33,7 +33,7 @@ from studies.draw_study import MOST_CURVES, draw_study
 
 from utils.failures import run_script
 from utils.files import replacing
-from utils.flags import Parser, UsageError
+from utils.flags import Parser, UsageError, file_path
 
 FEW = 4  # settings; of more, a picture shows those with the most seeds
 # What the published studies are, in the page's order. Others follow under their folders' names.
@@ -68,9 +68,9 @@ MARKERS = ("<!-- The paper's table, by scripts/make_tables.py -->\n", "<!-- The 
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="default: results/published")
+    parser.add_argument("folder", type=file_path, nargs="?", metavar="FOLDER", help="default: results/published")
     given = parser.parse_args(argv).folder
-    folder = given or ROOT / "results/published"
+    folder = Path(given) if given else ROOT / "results/published"
     page = folder / ("tables.md" if given else "README.md")
     runs = read_runs(folder)
     if not runs:
@@ -94,13 +94,13 @@ def main(argv: list[str]) -> None:
     texts = [text for title, parts in sections.items() for text in (f"## {title}", *parts)]
     write(page, ["# Published runs", INTRO, contents, *texts])
     if not given:
-        readme = (ROOT / "README.md").read_text()
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
         write(ROOT / "README.md", [with_table(readme, readme_table(published, runs)).rstrip("\n")])
 
 
 def write(path: Path, texts: list[str]) -> None:
     with replacing(path) as partial:
-        partial.write_text("\n\n".join(texts) + "\n")
+        partial.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 
 
 def with_table(readme: str, table: str) -> str:
@@ -191,7 +191,7 @@ def benchmark_tables(folder: Path) -> list[str]:
     """The medians of benchmark.py: a table for the runs on one machine that measured the same."""
     alike: dict[tuple, list[dict]] = {}
     for path in sorted(folder.glob("benchmark/*.json")):
-        benchmark = json.loads(path.read_text()) | {"name": path.stem}
+        benchmark = json.loads(path.read_text(encoding="utf-8")) | {"name": path.stem}
         alike.setdefault((benchmark["machine"], *(row["what"] for row in benchmark["rows"])), []).append(benchmark)
     tables = []
     for (machine, *_), benchmarks in alike.items():

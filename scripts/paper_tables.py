@@ -18,7 +18,7 @@ class PaperTable(NamedTuple):
 
     def rows(self) -> dict[str, tuple[str, list[str]]]:
         """Row -> label and the paper's figures."""
-        with (ROOT / "scripts/paper.csv").open() as file:
+        with (ROOT / "scripts/paper.csv").open(encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["script"] == self.script]
         return {row["row"]: (row["label"], [row[column] for column in self.columns]) for row in rows}
 

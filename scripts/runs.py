@@ -102,7 +102,7 @@ def published_settings(script: str) -> dict[str, tuple[str, dict[str, object]]]:
     """Row -> command and settings, of the commands that a table's script runs."""
     environment = os.environ | {"DRY_RUN": "1", "SEEDS": "0", "LAUNCH": "python"}
     printed = subprocess.run(
-        ["bash", ROOT / "scripts" / script], env=environment, capture_output=True, text=True, check=True
+        ["bash", ROOT / "scripts" / script], env=environment, capture_output=True, encoding="utf-8", check=True
     )
     rows = {}
     for line in printed.stdout.splitlines():

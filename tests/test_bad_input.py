@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from conftest import read_json
 from PIL import Image
 from torch import nn
 
@@ -66,6 +67,10 @@ TYPED = [
     (BOTH, ("--device", "meta"), ()),
     (BOTH, ("--device", "privateuseone"), ()),
     (BOTH, ("--name", "a/b"), ()),
+    *((BOTH, (flag, "\udcff"), ("UTF-8",)) for flag in ("--output", "--name", "--init", "--evaluate")),
+    (BOTH, ("--output", "~nobody-here/runs"), ("home",)),
+    (("train.py",), ("--data_root", "\udcff"), ("UTF-8",)),
+    (("train_imagenet.py",), ("--data", "\udcff"), ("UTF-8",)),
     (BOTH, ("--epoch", "3"), ()),
     (BOTH, ("--droprate", "3"), ()),
     (BOTH, ("--evaluate", "nowhere.pt"), ()),
@@ -133,6 +138,16 @@ def test_a_wrong_flag_is_named_before_any_data_is_read(fails, monkeypatch, tmp_p
     named = [flag for flag in flags if (flag.startswith("--") and flag != "--method") or flag in words]
     assert all(word in message for word in (*named, *words)), message
     assert not (tmp_path / "results").exists()
+
+
+def test_a_home_folder_that_the_shell_leaves_to_the_script(run, monkeypatch, tmp_path):
+    """As it does after =."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    run("--epochs", "1", "--train_size", "16", "--output=~/runs", "--data_root=~/cifar")
+    assert (tmp_path / "home/runs/run/summary.json").exists() and not Path("~").exists()
+    assert read_json(tmp_path / "home/runs/run/config.json")["data_root"] == str(tmp_path / "home/cifar")
+    run("--evaluate=~/runs/run/best.pt")
 
 
 def cifar(root, change):

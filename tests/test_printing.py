@@ -58,3 +58,30 @@ def test_a_stop_that_cannot_be_said_keeps_its_exit_code(flags):
         process.stderr.close()
         process.terminate()
         assert process.wait(ENDS) == 143
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.fixture
+def output_of():
+    """Runs a script, with variables of the environment; what it prints."""
+
+    def run_script(script, *argv, **environment):
+        command = [sys.executable, SCRIPT.parent / script, *argv]
+        return subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True).stdout
+
+    return run_script
+
+
+def test_a_name_that_the_locale_lacks_is_printed_all_the_same(flags, tmp_path, output_of):
+    flags = [*flags, "--epochs", "1", "--train_size", "16", "--output", str(tmp_path / "café")]
+    for again in ((), ("--resume",)):
+        assert rb"caf\xe9/run" in output_of("train.py", *flags, *again, PYTHONIOENCODING="ascii")
+
+
+def test_files_are_utf_8_in_any_locale(flags, tmp_path, output_of):
+    small = [*flags, "--epochs", "1", "--train_size", "16", "--output", str(tmp_path / "study")]
+    output_of("train.py", *small, **ASCII)
+    output_of("scripts/make_tables.py", tmp_path, **ASCII)
+    assert "± is the standard deviation" in (tmp_path / "tables.md").read_text(encoding="utf-8")

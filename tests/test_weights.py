@@ -1,7 +1,10 @@
 """Weights that other scripts wrote, and runs that start from the weights of another: --evaluate and --init."""
 
+import re
+import zipfile
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import metrics, read_json, same, stop_at, without_times
@@ -11,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 import train_imagenet
 from models.resnet_cifar import ResNet
 from models.resnet_imagenet import ResNet50
-from utils.checkpoint import load_weights
+from utils.checkpoint import load_weights, read
 from utils.failures import run_script
 
 SHORT = ("--train_size", "200", "--epochs", "2")
@@ -121,3 +124,20 @@ def test_a_file_of_another_network_leaves_no_folder(run, capsys, tmp_path):
     assert message.count("\n") == 1 and "deeper.pt" in message and "another depth" in message
     assert not (tmp_path / "run").exists()
     run(*SHORT)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_weights_beside_what_numpy_computed_and_its_random_state(tmp_path, version):
+    """As trainers save them; under the names that numpy 1 and numpy 2 give their own functions."""
+    beside = {"top1": np.float64(93.5), "loss": np.float32(0.2), "epoch": np.int64(7), "best": np.bool_(True)}
+    beside |= {"random": np.random.RandomState(0).get_state(), "per_class": np.ones((2, 3), np.float16)}
+    torch.save({"state_dict": ResNet(8).state_dict(), **beside}, tmp_path / "theirs.pt")
+    renamed, core = tmp_path / "renamed.pt", {1: b"numpy.core.", 2: b"numpy._core."}[version]
+    with zipfile.ZipFile(tmp_path / "theirs.pt") as theirs, zipfile.ZipFile(renamed, "w") as file:
+        for name in theirs.namelist():
+            content = theirs.read(name)
+            file.writestr(name, re.sub(rb"numpy\._?core\.", core, content) if name.endswith("data.pkl") else content)
+    found = read(renamed)
+    assert (found["top1"], found["epoch"], bool(found["best"])) == (93.5, 7, True)
+    assert (found["random"][1] == np.random.RandomState(0).get_state()[1]).all()
+    load_weights(renamed, ResNet(8))

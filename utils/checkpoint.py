@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -167,9 +168,18 @@ def write(path: Path, state: dict[str, object]) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
+# What others save beside weights, none of which runs code: a run's flags (timm and torchvision), numpy's scalars and
+# arrays (its random state has one), whose functions have other names in numpy 1 and 2.
+NUMPY = {"scalar": np.float64().__reduce__()[0], "_reconstruct": np.empty(0).__reduce__()[0]}
+HARMLESS = [
+    *(Namespace, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All"]}),
+    *((NUMPY[name], f"numpy.{core}.multiarray.{name}") for name in NUMPY for core in ("core", "_core")),
+]
+
+
 def read(path: Path) -> object:
     try:
-        with torch.serialization.safe_globals([Namespace]):  # in which timm and torchvision put a run's flags
+        with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise

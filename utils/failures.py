@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from utils.interruptions import Stopped
 from utils.photographs import WorkerDied
-from utils.printing import flush_or_drop, say
+from utils.printing import flush_or_drop, print_any_character, say
 from utils.processes import Failure, allow_open_files, end_workers, is_first, leave
 
 
@@ -18,6 +18,7 @@ class TooManyFiles(Failure):
 
 def run_script(script: str, main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Calls main(argv). What the user typed wrong is one line on stderr and exit code 2, what goes wrong 1."""
+    print_any_character()
     try:
         call(main, argv)
     except (Exception, KeyboardInterrupt) as error:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -71,11 +72,28 @@ def resnet_depth(text: str) -> int:
     return depth
 
 
+def file_path(text: str) -> str:
+    """An argparse type: a file or folder. A shell does not expand ~ after =, as in --output=~/runs."""
+    found = in_utf8(os.path.expanduser(text))
+    if found.startswith("~"):
+        raise argparse.ArgumentTypeError(f"there is no home folder {text!r}; ./{text} if it is called so")
+    return found
+
+
+def in_utf8(text: str) -> str:
+    """The text. No log can hold a name in another encoding, or one that the locale cannot tell."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be UTF-8 in this locale (LC_ALL=C.UTF-8 is), not {text!r}") from None
+
+
 def folder_name(text: str) -> str:
     """An argparse type: the name of one folder."""
     if text in ("", ".", "..") or "/" in text or "\\" in text:
         raise argparse.ArgumentTypeError(f"must be one folder's name, without separators, not {text!r}")
-    return text
+    return in_utf8(text)
 
 
 def usable_device(text: str) -> torch.device:
@@ -115,12 +133,18 @@ def add_shared_flags(parser: Parser) -> None:
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast; weights, loss, optimizer stay float32")
     parser.add_argument("--deterministic", action="store_true", help="the same bits again on a GPU too; slower there")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
-    parser.add_argument("--output", default="results", help="parent of the run's folder (default: results)")
+    parser.add_argument(
+        "--output", type=file_path, default="results", help="parent of the run's folder (default: results)"
+    )
     parser.add_argument("--name", type=folder_name, help="the run's folder (default: DATASET-NETWORK-METHOD-sSEED)")
     parser.add_argument("--resume", action="store_true", help="go on after the last checkpoint, or start")
     add("--save_minutes", number(float, above=0), "between checkpoints, beside the one after every epoch", 10.0)
-    parser.add_argument("--init", metavar="FILE", help="start from the weights of a checkpoint or a state dict")
-    parser.add_argument("--evaluate", metavar="FILE", help="only evaluate a checkpoint or a state dict (best.pt)")
+    parser.add_argument(
+        "--init", type=file_path, metavar="FILE", help="start from the weights of a checkpoint or a state dict"
+    )
+    parser.add_argument(
+        "--evaluate", type=file_path, metavar="FILE", help="only evaluate a checkpoint or a state dict (best.pt)"
+    )
 
 
 def launch() -> tuple[int, int]:
@@ -180,7 +204,7 @@ def started_with(folder: Path, settings: dict[str, object]) -> dict[str, object]
     """The settings in the folder's config.json; `settings` where there is none."""
     path = folder / "config.json"
     try:
-        found = json.loads(path.read_text()) if path.exists() else settings
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}, not the settings")
         return found

@@ -1,9 +1,18 @@
-"""What a script prints, also where nobody can read it: the terminal is gone (EIO), the pipe is closed (EPIPE)."""
+"""What a script prints, also where nobody can read it: the terminal is gone (EIO), the pipe is closed (EPIPE), the
+locale lacks the character."""
 
+import io
 import os
 import sys
 from contextlib import suppress
 from typing import TextIO
+
+
+def print_any_character() -> None:
+    """From now on; one that the locale lacks as \\xe9."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

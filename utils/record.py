@@ -74,7 +74,10 @@ class Recorder:
             say(f"{folder}/best.pt is missing: there will be one if a later epoch is better")
         here = surroundings(command, device, settings["amp"]) | {"compile": settings["compile"]}
         config = folder / "config.json"
-        write_json(config, with_places(json.loads(config.read_text()), here) if config.exists() else settings | here)
+        write_json(
+            config,
+            with_places(read_json(config), here) if config.exists() else settings | here,
+        )
         write_metrics(folder, rows)
         self.events = start_events(folder, rows)
 
@@ -118,7 +121,7 @@ class Recorder:
 
 def say_complete(folder: Path) -> None:
     """Prints the summary of a complete run, and draws its curve.png where that is missing."""
-    summary = (folder / "summary.json").read_text()
+    summary = (folder / "summary.json").read_text(encoding="utf-8")
     say(f"{folder} is complete:\n{summary.rstrip()}")
     if not (folder / "curve.png").exists():
         draw_curve(folder, read_metrics(folder), read_json(folder / "summary.json")["evaluated_on"])
@@ -128,7 +131,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     """metrics.csv, an epoch each. Raises CheckpointError: it cannot be read."""
     path = folder / "metrics.csv"
     try:
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
         if not rows:
             raise ValueError("it has no epoch")
@@ -140,7 +143,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 def read_json(path: Path) -> dict[str, Any]:
     """config.json or summary.json. Raises CheckpointError: it cannot be read."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}, not names and values")
         return found
@@ -176,14 +179,14 @@ def with_places(config: dict[str, object], here: dict[str, object]) -> dict[str,
 
 def write_json(path: Path, content: dict[str, object]) -> None:
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if device.type == "cpu" and cpu_info.exists() else []
+    lines = cpu_info.read_text(encoding="utf-8").splitlines() if device.type == "cpu" and cpu_info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else f"{device.type} ({platform.machine()})"
 
@@ -192,7 +195,7 @@ def git_commit() -> str | None:
     """The commit of the code that runs, with '-dirty' where files differ from it; None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -223,7 +226,7 @@ def epoch_line(row: dict[str, float], epochs: int, evaluated_on: str) -> str:
 
 
 def write_metrics(folder: Path, rows: Sequence[dict[str, float]]) -> None:
-    with replacing(folder / "metrics.csv") as partial, partial.open("w", newline="") as file:
+    with replacing(folder / "metrics.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows({name: format(row[name], ".6g") for name in COLUMNS} for row in rows)

@@ -34,7 +34,7 @@ from utils.data import test_batches
 from utils.engine import evaluate
 from utils.failures import run_script
 from utils.files import replacing
-from utils.flags import Parser, UsageError
+from utils.flags import Parser, UsageError, file_path
 
 DRAWS = 100
 SETTINGS = ("method", "dist_prob", "block_size", "alpha", "augment", "seed")
@@ -44,8 +44,8 @@ MEASURED = ("train_top1", "test_top1", "gap", "complexity", "relative_complexity
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
     about = "complete runs of train.py with their checkpoints: results/small_grid"
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help=about)
-    folder = parser.parse_args(argv).folder
+    parser.add_argument("folder", type=file_path, metavar="FOLDER", help=about)
+    folder = Path(parser.parse_args(argv).folder)
     runs = [summary.parent for summary in sorted(folder.glob("*/summary.json"))]
     runs = [run for run in runs if (run / "checkpoint.pt").exists()]
     if not runs:
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     for run in runs:
         rows.append(measure(run))
         print(*(f"{name} {value}" for name, value in rows[-1].items()), sep="  ", flush=True)
-    with replacing(folder / "complexity.csv") as partial, partial.open("w", newline="") as file:
+    with replacing(folder / "complexity.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ("run", *SETTINGS, *MEASURED))
         writer.writeheader()
         writer.writerows(rows)

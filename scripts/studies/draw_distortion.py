@@ -20,7 +20,7 @@ from disout import Disout
 from utils.data import test_batches
 from utils.failures import run_script
 from utils.files import replacing
-from utils.flags import Parser
+from utils.flags import Parser, file_path
 
 RATE, BLOCK = 0.3, 3
 CHANNELS = 4
@@ -29,10 +29,12 @@ CHANNELS = 4
 @torch.no_grad()
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run of train.py with its checkpoint: results/NAME")
-    parser.add_argument("file", type=Path, metavar="FILE.png", help="to write")
+    parser.add_argument(
+        "run", type=file_path, metavar="RUN", help="a run of train.py with its checkpoint: results/NAME"
+    )
+    parser.add_argument("file", type=file_path, metavar="FILE.png", help="to write")
     args = parser.parse_args(argv)
-    _, model, (_, test, mean, std) = load_trained(args.run)
+    _, model, (_, test, mean, std) = load_trained(Path(args.run))
     model.eval()
     block, maps = model.layer3[0], []
     block.conv1.register_forward_hook(lambda _module, _inputs, output: maps.append(output))
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> None:
         axes_of_row[0].set_ylabel(f"channel {channel}")
         figure.colorbar(shown, ax=axes_of_row, shrink=0.9)
     figure.get_layout_engine().set(w_pad=0.1)
-    with replacing(args.file) as partial:
+    with replacing(Path(args.file)) as partial:
         figure.savefig(partial, format="png", dpi=80)
 
 

@@ -19,15 +19,15 @@ from utils.checkpoint import load_weights
 from utils.data import DATASETS
 from utils.failures import run_script
 from utils.files import replacing
-from utils.flags import Parser, UsageError
+from utils.flags import Parser, UsageError, file_path
 from utils.record import read_json
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
     about = "complete runs of train.py --model cnn with their checkpoints: results/small_table1"
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help=about)
-    folder = parser.parse_args(argv).folder
+    parser.add_argument("folder", type=file_path, metavar="FOLDER", help=about)
+    folder = Path(parser.parse_args(argv).folder)
     rows = []
     for summary in sorted(folder.glob("*/summary.json")):
         run = summary.parent
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
             rows += measure(run, config)
     if not rows:
         raise UsageError(f"no complete run of --model cnn --method disout with its checkpoint in {folder}/NAME")
-    with replacing(folder / "noise_size.csv") as partial, partial.open("w", newline="") as file:
+    with replacing(folder / "noise_size.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
