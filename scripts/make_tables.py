@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
 
 def write(path: Path, texts: list[str]) -> None:
     with replacing(path) as partial:
-        partial.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+        partial.write_text("\n\n".join(texts) + "\n", "utf-8")
 
 
 def with_table(readme: str, table: str) -> str:

@@ -148,14 +148,31 @@ def test_as_many_open_files_as_the_system_allows(start, tmp_path):
     assert (tmp_path / "run/summary.json").exists()
 
 
-def test_a_batch_that_a_worker_cannot_hand_over_ends_it(start):
-    """Not all errors of the thread that does so are about open files."""
-    broken = "from multiprocessing.reduction import DupFd; import multiprocessing.reduction as r\n"
-    broken += "def fail(_): raise OSError(5, 'Input/output error')\n"
-    broken += "r.DupFd = fail; import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
-    process = start("--workers", "1", command=[sys.executable, "-c", broken, SCRIPT])
-    message = ended(process)
-    assert message == "train_imagenet.py: OSError: [Errno 5] Input/output error\n"
+BREAK = {  # what hands over a batch, and what hands over its memory
+    "batch": """
+import multiprocessing.reduction as r
+def fail(_):
+    raise OSError(5, "Input/output error")
+r.DupFd = fail
+""",
+    "memory": """
+import multiprocessing.resource_sharer as r
+def fail(_):
+    try:
+        raise OSError(24, "no file")
+    except OSError:
+        sys.excepthook(*sys.exc_info())
+r._ResourceSharer._serve = fail
+""",
+}
+
+
+@pytest.mark.parametrize(("what", "line"), [("batch", "OSError: [Errno 5] Input/output error"), ("memory", "too many")])
+def test_a_batch_that_a_worker_cannot_hand_over_ends_it(start, what, line):
+    broken = "import runpy, sys; sys.argv.pop(0)\n" + BREAK[what]
+    broken += "\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    message = ended(start("--workers", "1", command=[sys.executable, "-c", broken, SCRIPT]))
+    assert message.startswith(f"train_imagenet.py: {line}") and message.count("\n") == 1
 
 
 def test_too_little_shared_memory_is_one_line(capsys):

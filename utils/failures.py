@@ -1,5 +1,6 @@
 """What a script prints when something goes wrong, and its exit code."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -44,7 +45,8 @@ def call(main: Callable[[list[str]], None], argv: list[str]) -> None:
             sys.stdout.flush()
     except Exception as error:
         of: BaseException | None = error
-        while of and not any(words in str(of) for words in ("Too many open files", "items of ancdata")):
+        signs = ("Too many open files", "items of ancdata", f"exited unexpectedly with exit code {errno.EMFILE}.")
+        while of and not any(words in str(of) for words in signs):
             of = of.__cause__ or of.__context__
         if of:
             sys.unraisablehook = lambda _: None  # what is half-made, such as a loader, cannot be taken apart

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from multiprocessing.queues import Queue
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
 import numpy as np
 import torch
@@ -239,6 +239,7 @@ def outlive_signals(_worker: int) -> None:
     for number in heard():
         signal.signal(number, let_pass)
     Queue._on_queue_feeder_error = hand_over_error
+    sys.excepthook = end_without_files
 
 
 def let_pass(number: int, _frame: FrameType | None) -> None:
@@ -250,6 +251,13 @@ def hand_over_error(queue: Queue, _error: Exception, batch: tuple) -> None:
     """In the place of a batch that could not be handed over, for want of open files for one. Left to itself the queue
     prints the error, and the worker's process waits for the batch for ever."""
     queue.put((batch[0], ExceptionWrapper(where="in a worker")))
+
+
+def end_without_files(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of the thread that hands over batches' memory, which would print this and try again for ever."""
+    if getattr(error, "errno", None) == errno.EMFILE:
+        os._exit(errno.EMFILE)
+    sys.__excepthook__(kind, error, trace)
 
 
 def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -268,6 +276,7 @@ def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor
         except StopIteration:
             return
         except (ConnectionError, EOFError, FileNotFoundError) as error:
+            time.sleep(1)  # in which the loader's handler raises what it knows of the worker's end, if it does
             raise WorkerDied() from error
         images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         yield (images.float() - mean) / std, labels.to(device, non_blocking=True)

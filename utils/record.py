@@ -179,7 +179,7 @@ def with_places(config: dict[str, object], here: dict[str, object]) -> dict[str,
 
 def write_json(path: Path, content: dict[str, object]) -> None:
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
 def device_name(device: torch.device) -> str:
