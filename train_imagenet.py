@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from models.regularizers import make_regularizer, regularizer_layers
 from models.resnet_imagenet import ResNet50
-from utils import photographs
+from utils import loader, photographs
 from utils.agreement import Parts, agree
 from utils.checkpoint import Checkpoints, Progress, has_checkpoint, load_weights
 from utils.engine import Schedule, evaluate, train_epoch
@@ -92,15 +92,15 @@ def evaluate_file(args: argparse.Namespace, test: photographs.Photographs, devic
     model.to(device, memory_format=torch.channels_last)
     first_does(partial(load_weights, Path(args.evaluate), model))
     share(model.state_dict().values())
-    scores = evaluate(model, photographs.on_device(make_test_loader(args, test, device), device), args.amp)
+    scores = evaluate(model, loader.on_device(make_test_loader(args, test, device), device), args.amp)
     if is_first():
         print(f"{args.evaluate}: top1 {scores['test_top1']:.2f} %, top5 {scores['test_top5']:.2f} % (test)")
 
 
 def make_test_loader(args: argparse.Namespace, test: photographs.Photographs, device: torch.device) -> DataLoader:
     batch_size = max(args.batch_size // (args.processes * args.accumulate_steps), 1)
-    keys = photographs.test_keys(len(test), batch_size, *processes())
-    return photographs.make_loader(test, keys, args.workers, device)
+    keys = loader.test_keys(len(test), batch_size, *processes())
+    return loader.make_loader(test, keys, args.workers, device)
 
 
 def main(argv: list[str]) -> None:
@@ -120,8 +120,8 @@ def main(argv: list[str]) -> None:
         return leave()
     train, test = found["train"], found["val"]
     sizes = step_sizes(len(train), args.batch_size, smallest=2 * world * args.accumulate_steps)
-    sampler = photographs.EpochSampler(sizes, args.accumulate_steps, args.seed, rank, world)
-    train_loader = photographs.make_loader(train, sampler, args.workers, device)
+    sampler = loader.EpochSampler(sizes, args.accumulate_steps, args.seed, rank, world)
+    train_loader = loader.make_loader(train, sampler, args.workers, device)
     test_loader = make_test_loader(args, test, device)
 
     # Network
@@ -169,7 +169,7 @@ def main(argv: list[str]) -> None:
             start = time.perf_counter() - progress.seconds
             done = progress.step - epoch * len(sizes)
             sampler.epoch, sampler.first_step = epoch, done
-            batches = photographs.on_device(train_loader, device)
+            batches = loader.on_device(train_loader, device)
             of_epoch = {"total": len(sizes) * args.accumulate_steps, "initial": done * args.accumulate_steps}
             bar = tqdm(batches, f"epoch {epoch + 1}/{args.epochs}", **of_epoch, leave=False, disable=rank > 0 or None)
             scores = train_epoch(
@@ -188,7 +188,7 @@ def main(argv: list[str]) -> None:
             )
             trained = time.perf_counter()
             share(model.buffers())  # batch norm's statistics: all evaluate the same network
-            scores |= evaluate(model, photographs.on_device(test_loader, device), args.amp)
+            scores |= evaluate(model, loader.on_device(test_loader, device), args.amp)
             step = (epoch + 1) * len(sizes)
             dist_prob = dist_prob_at(step - 1, total_steps, args.dist_prob, args.constant_prob)
             row = epoch_row(epoch, dist_prob, scores, len(train), start, trained)

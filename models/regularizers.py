@@ -24,7 +24,7 @@ class Dropped(nn.Module):
     def __init__(self, layer: nn.Module, dims: int) -> None:
         super().__init__()
         self.layer, self.dims = layer, dims
-        self.register_buffer("distorted", torch.zeros(()), persistent=False)
+        self.register_buffer("distorted", torch.zeros((), dtype=torch.float32), persistent=False)
 
     @property
     def dist_prob(self) -> float:

@@ -37,6 +37,7 @@ from utils import data, photographs
 from utils.engine import Schedule, train_epoch
 from utils.failures import run_script
 from utils.flags import Parser, file_path, number, usable_device
+from utils.loader import make_loader
 from utils.record import device_name, git_commit, write_json
 from utils.speed import set_up
 
@@ -242,7 +243,7 @@ def loader(folder: str | Path) -> list[Row]:
     train, _ = photographs.load(folder, "standard", 224, seed=0, skip_corrupt=False)
     indices = range(len(train))[:: max(len(train) // PHOTOGRAPHS, 1)]
     keys = [[(0, index) for index in indices[start : start + 32]] for start in range(0, len(indices), 32)]
-    ours = photographs.make_loader(train, keys, WORKERS, torch.device("cpu"))
+    ours = make_loader(train, keys, WORKERS, torch.device("cpu"))
     paths = [train.images[index][0] for index in indices]
     plain = DataLoader(Resized(paths), 32, num_workers=WORKERS, persistent_workers=True)
     times = interleave({"ours": lambda: sum(1 for _ in ours), "plain": lambda: sum(1 for _ in plain)}, 5)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image, ImageFile, features
 from torchvision.transforms import v2
 
-from utils import photographs
-from utils.photographs import EpochSampler, ImageError
+from utils import loader, photographs
+from utils.files import ImageError
+from utils.loader import EpochSampler
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_colours_that_pillow_cannot_convert_are_an_image_that_cannot_be_read():
 def epoch_of(photographs_set, sizes, workers=0, epoch=0, accumulate_steps=1, rank=0, world=1):
     sampler = EpochSampler(sizes, accumulate_steps, 0, rank, world)
     sampler.epoch = epoch
-    return list(photographs.make_loader(photographs_set, sampler, workers, torch.device("cpu")))
+    return list(loader.make_loader(photographs_set, sampler, workers, torch.device("cpu")))
 
 
 def test_every_mode_becomes_three_channels(load, photographs_folder):
@@ -122,7 +123,7 @@ def test_order_is_a_function_of_seed_and_epoch():
 
 
 def test_evaluation_has_every_image_in_one_process():
-    shares = [photographs.test_keys(11, 2, rank, 3) for rank in range(3)]
+    shares = [loader.test_keys(11, 2, rank, 3) for rank in range(3)]
     keys = [key for share in shares for batch in share for key in batch]
     assert sorted(keys) == [(0, index) for index in range(11)]
     assert max(len(batch) for share in shares for batch in share) == 2
@@ -137,7 +138,7 @@ def test_cutout_greys_a_square_of_half_the_side(load):
 
 def test_normalised_grey_is_zero(load):
     batch = torch.tensor(photographs.GREY, dtype=torch.uint8)[None, :, None, None].expand(2, 3, 4, 4), torch.zeros(2)
-    images, _ = next(photographs.on_device([batch], torch.device("cpu")))
+    images, _ = next(loader.on_device([batch], torch.device("cpu")))
     assert images.abs().max() < 0.01
     assert images.is_contiguous(memory_format=torch.channels_last)
 

@@ -21,7 +21,7 @@ import train_imagenet
 from disout import Disout, strength
 from disout_attach import attach
 from models.resnet_cifar import ResNet
-from utils import photographs
+from utils import loader
 from utils.engine import Schedule, evaluate, train_epoch
 from utils.failures import run_script
 from utils.interruptions import Interruptions, Stopped
@@ -48,7 +48,7 @@ def data():
 
 def indices(rank, world):
     """Of this process's batches in an epoch."""
-    sampler = photographs.EpochSampler([BATCH, IMAGES - BATCH], 1, 0, rank, world)
+    sampler = loader.EpochSampler([BATCH, IMAGES - BATCH], 1, 0, rank, world)
     sampler.epoch = 3
     return [[index for _, index in keys] for keys in sampler]
 
@@ -77,7 +77,7 @@ def work(rank, world, port, results, first_has_saved):
     found = {"indices": indices(rank, world)}
 
     model = network()
-    keys = photographs.test_keys(IMAGES, 3, rank, world)
+    keys = loader.test_keys(IMAGES, 3, rank, world)
     found["evaluated"] = evaluate(model, [(images[part], labels[part]) for part in ([i for _, i in k] for k in keys)])
     batches = [(images[part], labels[part]) for part in found["indices"]]
     parallel = DistributedDataParallel(model) if world > 1 else model

@@ -15,7 +15,7 @@ from conftest import metrics, read_json, same, without_times
 from torch import nn
 
 import train
-from utils import engine, photographs, record
+from utils import engine, loader, record
 from utils.checkpoint import CheckpointError, Checkpoints, Progress
 from utils.data import locked
 from utils.failures import run_script
@@ -149,7 +149,7 @@ def test_what_a_parent_set_to_ignore_stays_ignored(handlers):
     with Interruptions(10) as interruptions:
         signal.raise_signal(signal.SIGHUP)
         assert not interruptions.noted
-        photographs.outlive_signals(0)
+        loader.outlive_signals(0)
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)
     assert handlers() == before

@@ -12,7 +12,7 @@ from conftest import metrics, read_json, same, stop_at, without_times
 
 import train_imagenet
 from models.resnet_imagenet import ResNet50
-from utils import photographs
+from utils import loader, photographs
 from utils.checkpoint import CheckpointError, load_weights
 from utils.engine import evaluate
 from utils.failures import run_script
@@ -80,8 +80,8 @@ def test_two_processes_learn_evaluate_each_image_once_and_resume_exactly(flags, 
     model = ResNet50(2)
     load_weights(tmp_path / "whole/checkpoint.pt", model)
     _, photos = photographs.load(photographs_folder, "none", 32, 0, False)
-    loader = photographs.make_loader(photos, photographs.test_keys(11, 4, 0, 1), 0, torch.device("cpu"))
-    scores = evaluate(model, photographs.on_device(loader, torch.device("cpu")))
+    batches = loader.make_loader(photos, loader.test_keys(11, 4, 0, 1), 0, torch.device("cpu"))
+    scores = evaluate(model, loader.on_device(batches, torch.device("cpu")))
     assert scores["test_loss"] == pytest.approx(rows[-1]["test_loss"], rel=1e-4)
 
     process = torchrun(flags("stopped"))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from utils.interruptions import Stopped
-from utils.photographs import WorkerDied
+from utils.loader import WorkerDied
 from utils.printing import flush_or_drop, print_any_character, say
 from utils.processes import Failure, allow_open_files, end_workers, is_first, leave
 
