@@ -1,5 +1,5 @@
 """Disout: feature map distortion, from "Beyond Dropout: Feature Map Distortion to Regularize Deep Neural Networks"
-(AAAI 2020, arXiv 2002.11022). This file is the whole method and imports torch only: copy it into your project.
+(AAAI 2020, arXiv 2002.11022). This file is the whole method and needs torch only: copy it into your project.
 
 Where the paper's formula went
     The paper bounds the generalization gap by the Rademacher complexity of the next layer and asks for the distortion
@@ -14,28 +14,32 @@ Where the paper's formula went
 
     alpha = 0 is DropBlock; block_size = 1 is the paper's element-wise "Feature Map Distortion".
 
-Two forms
-    The plain form follows the class and is the formula as it stands on paper: some 30 kernels, and one byte an
-    element kept for the backward pass. On a CPU, where every pass over the map counts, the second form draws the same
-    distribution with less work. Neither waits for the device, and a network with these layers compiles to one graph;
-    torch.func.grad of it to several. Compiled for several threads of a CPU, the same seed gives the same bits only
-    with torch.use_deterministic_algorithms(True), as blocks overlap.
+On a CPU
+    The form in this file is the formula as it stands on paper: some 30 kernels, and one byte an element kept for the
+    backward pass. Where disout_cpu.py lies beside it, a CPU takes that one, which draws the same distribution with less
+    work. Neither waits for the device, and a network with these layers compiles to one graph; torch.func.grad of it to
+    several. Compiled for several threads of a CPU, the same seed gives the same bits only with
+    torch.use_deterministic_algorithms(True), as blocks overlap.
 """
 
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+try:
+    import disout_cpu
+except ModuleNotFoundError as error:
+    if error.name != "disout_cpu":
+        raise
+    disout_cpu = None  # type: ignore[assignment]
+
 # What takes the place of strength() where no layer reads the map next (authors' code).
 NO_READER_STRENGTH = 0.01
-# On a CPU, of a rate raised above the one given at construction. Few, as a compiled network is made for one of them,
-# and torch._dynamo gives up after eight.
-BOUNDS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 Rate = TypeVar("Rate", Tensor, float)
 
 
@@ -47,7 +51,7 @@ class Disout(nn.Module):
         dist_prob: share of the elements to distort, 0 to 1. Settable, so that a schedule can let it grow; give the
             final one here: a CPU draws for as many seeds as this one can bring, and a network is compiled for it.
             Above it there is room for the next of 1/32, 1/16, ... 1: up to twice as much is drawn, and a compiled
-            network compiles anew when a rate first passes one of these; an exported one never passes the first.
+            network compiles anew when a rate first passes one of these.
             Module.half() and bfloat16() round it; set it again after Module.to_empty().
         block_size: side of a block, at least 1; cut to the map, per side, where the map is smaller.
         alpha: intensity of the distortion, at least 0.
@@ -65,16 +69,18 @@ class Disout(nn.Module):
         features_last: the features are the input's last dimension, as linear and batch-first recurrent layers have it.
 
     Attributes:
+        plain: settable, on the class or on a layer before it is compiled: whether a CPU, too, takes the form of this
+            file. It can what disout_cpu.py cannot, such as forward-mode differentiation.
         distorted: 0-dim tensor, the share of elements distorted in the last training forward outside torch.func.
 
     Raises:
         ValueError: naming the argument and its value, where it makes no sense.
 
     Source: the authors' code; the paper for single elements. `inside`, `features_last` and maps of one or three sides
-    are ours. torch.jit.script does not take it: `eval()` and torch.jit.trace, or torch.export, do. Nor, on a CPU, does
-    forward-mode differentiation, unless `disout.for_cpu = lambda x: False` chooses the plain form.
+    are ours. torch.jit.script does not take it: `eval()` and torch.jit.trace, or torch.export, do.
     """
 
+    plain = False
     block_size: int
     alpha: float
     inside: bool
@@ -105,11 +111,8 @@ class Disout(nn.Module):
         # layer can be put into a trained network and taken out again.
         self.register_buffer("_dist_prob", torch.zeros((), dtype=torch.float32), persistent=False)
         self.register_buffer("distorted", torch.zeros((), dtype=torch.float32), persistent=False)
-        # At least the largest rate set so far: bounds the number of seeds. Text, as a compiler would take a number that
-        # changed for a variable, which no shape can depend on.
-        self._bound = "1.0"
+        self._bound = ""
         self.dist_prob = dist_prob
-        self._bound = repr(self._prob)
 
     @property
     def dist_prob(self) -> float:
@@ -121,11 +124,13 @@ class Disout(nn.Module):
             raise ValueError(f"dist_prob must be a number from 0 to 1, not {value!r}")
         self._prob = float(value)
         self._dist_prob.fill_(self._prob)
-        if self._prob > float(self._bound) * (1 + 1e-6):  # not for what 0.09 * step / steps rounds to
-            self._bound = repr(next(bound for bound in BOUNDS if self._prob <= bound))
+        if disout_cpu:
+            self._bound = disout_cpu.bound(self._prob, self._bound)
 
     def forward(self, x: Tensor, next_weight: Tensor | None = None, groups: int | None = None) -> Tensor:
-        """Args:
+        """Distorts `x` in training.
+
+        Args:
             x: feature map (N, C, H, W), (N, C, L) or (N, C, D, H, W), or features (N, F), which count as maps of one
                 element; with `features_last`, C or F comes last. Any floating-point dtype.
             next_weight: weight of the convolution (out, C/groups, k, k; a transposed one's as .transpose(0, 1)) or
@@ -139,7 +144,7 @@ class Disout(nn.Module):
                 meta; in training, x is on another device than the layer, which .to() moves.
             RuntimeError: torch.func.vmap maps x, in training.
         """
-        return distorted_map(self, x, next_weight, groups)
+        return disout_forward(self, x, next_weight, groups)
 
     def extra_repr(self) -> str:
         more = "".join(f", {name}=True" for name in ("inside", "features_last") if getattr(self, name))
@@ -148,8 +153,8 @@ class Disout(nn.Module):
 
 # torch.fx does not look into it, so that it can trace a network with this layer, in evaluation or training.
 @fx.wrap
-def distorted_map(layer: Disout, x: Tensor, next_weight: Tensor | None, groups: int | None) -> Tensor:
-    """What `layer` makes of its arguments."""
+def disout_forward(layer: Disout, x: Tensor, next_weight: Tensor | None, groups: int | None) -> Tensor:
+    """`Disout.forward`."""
     if not layer.training:
         return x
     if not 2 <= x.dim() <= 5 or not x.is_floating_point():
@@ -166,12 +171,21 @@ def distorted_map(layer: Disout, x: Tensor, next_weight: Tensor | None, groups: 
     if not maps.movedim(1, -1).is_contiguous():
         maps = maps.contiguous()
 
-    if for_cpu(x):
-        y, kept_share = cpu_distorted_map(layer, maps, next_weight, groups)
+    size = maps.shape[2:]
+    # An exported network has no other size of batch than the example's where disout_cpu counts.
+    on_cpu = disout_cpu and x.device.type == "cpu" and not layer.plain and not torch.compiler.is_exporting()
+    if on_cpu:
+        block = cut_block(layer.block_size, size)
+        first_rows = [first_row(b, block, size, layer.inside) for b in block]
+        rate, _ = seed_rate(layer._dist_prob, size, layer.block_size)
+        largest, _ = seed_rate(float(layer._bound), size, layer.block_size)
+        blocks = disout_cpu.draw_blocks(maps, rate, largest, block, first_rows)
     else:
-        seeds = draw_seeds(layer._dist_prob, maps, layer.block_size)
-        keep = keep_mask(seeds, maps.shape[2:], layer.block_size, layer.inside)
-        s = NO_READER_STRENGTH if next_weight is None else strength(next_weight, draw_signs(next_weight, maps), groups)
+        keep = keep_mask(draw_seeds(layer._dist_prob, maps, layer.block_size), size, layer.block_size, layer.inside)
+    s = NO_READER_STRENGTH if next_weight is None else strength(next_weight, draw_signs(next_weight, maps), groups)
+    if on_cpu:
+        y, kept_share = disout_cpu.distort(maps, blocks, s, layer.alpha)
+    else:
         noise = torch.randn_like(maps, dtype=torch.float32) if layer.alpha else layer._dist_prob.new_zeros(())
         y, kept_share = distort(maps, keep, noise, s, layer.alpha)
 
@@ -181,18 +195,10 @@ def distorted_map(layer: Disout, x: Tensor, next_weight: Tensor | None, groups: 
     return y.movedim(1, -1) if layer.features_last else y
 
 
-def for_cpu(x: Tensor) -> bool:
-    """Whether x is distorted in the form for CPUs."""
-    return x.device.type == "cpu"
-
-
 def under_torch_func(x: Tensor) -> bool:
     """Whether a transform of torch.func is active: torch says so under a private name, x if it takes part in one."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active() if active else torch.func.debug_unwrap(x, recurse=True) is not x
-
-
-# The plain form
 
 
 def cut_block(block_size: int, size: Sequence[int]) -> list[int]:
@@ -293,194 +299,12 @@ def distort(x: Tensor, keep: Tensor, noise: Tensor, strength: Tensor | float, al
     """
     kept_share = keep.sum().float() / keep.numel()
     if alpha:
-        std = deviation(x.detach()).view([1] * x.dim())  # so that a float64 map has noise of float64
+        features = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        std = features.std(correction=min(1, x.numel() - 1)).view(
+            [1] * x.dim()
+        )  # so a float64 map has noise of float64
         s = strength.view(-1, *[1] * (x.dim() - 2)) if isinstance(strength, Tensor) else strength
         d = (alpha * std * s * noise).to(x.dtype)
     else:
         d = x.new_zeros(())
     return torch.where(keep, x, d) / torch.where(kept_share > 0, kept_share, 1.0), kept_share
-
-
-def deviation(x: Tensor) -> Tensor:
-    """std(x), in float32 at least; 0 of one element."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).std(correction=min(1, x.numel() - 1))
-
-
-# The form for CPUs: the same distribution in few passes over the map, for its deviation, the mask and the division by
-# mean(keep). Only seeds are drawn, and noise for their blocks: always as many as chance can bring at the largest rate,
-# so that no shape depends on what was drawn.
-
-
-def cpu_distorted_map(
-    layer: Disout, x: Tensor, next_weight: Tensor | None, groups: int | None
-) -> tuple[Tensor, Tensor]:
-    """y and mean(keep) for a map that is contiguous, or has its channels last."""
-    rate, valid = seed_rate(layer._dist_prob, x.shape[2:], layer.block_size)
-    places = x.shape[0] * x.shape[1] * math.prod(valid)
-    most = cpu_most_seeds(seed_rate(float(layer._bound), x.shape[2:], layer.block_size)[0], places)
-    seeds, no_seed = cpu_draw_seeds(rate, places, most)
-    elements, channel = cpu_block_elements(seeds, x, layer.block_size, layer.inside)
-    keep = cpu_keep_mask(elements, no_seed, x)
-    s: Tensor | float = NO_READER_STRENGTH
-    if next_weight is not None:
-        s = strength(next_weight, draw_signs(next_weight, x), groups).index_select(0, channel)[:, None]
-    noise = torch.randn(elements.shape, dtype=torch.float32, device=x.device) if layer.alpha else rate.new_zeros(())
-    return cpu_distort(x, keep, elements, noise, s, layer.alpha)
-
-
-def cpu_most_seeds(rate: float, places: int) -> int:
-    """A number of seeds that chance exceeds with a probability below 1e-12 (Bernstein's inequality). A symbol where
-    `places` is one, as torch.export has it; torch.compile follows Python's own functions, in torch 2.11 these alone."""
-    of_symbols: Any = torch.sym_sqrt, torch.sym_min, torch.sym_max
-    sqrt, least, largest = of_symbols if isinstance(places, torch.SymInt) else (math.sqrt, min, max)
-    mean, log_chance = rate * places, math.log(1e12)
-    above = log_chance / 3 + sqrt((log_chance / 3) ** 2 + 2 * log_chance * mean * (1 - rate))
-    most: int = largest(1, least(places, math.ceil(mean + above)))
-    return most
-
-
-def cpu_draw_seeds(rate: Tensor, places: int, most: int) -> tuple[Tensor, Tensor]:
-    """Makes each of `places` a seed with probability `rate`, independently, but no more than `most` of them, in time
-    that grows with `most` alone: the gaps between the hits of a Bernoulli process are geometric, log(uniform) /
-    log(1 - rate) rounded up.
-
-    Returns: int64 (most,), the seeds in order, the first of them again in slots that are left over; and bool (1,), True
-    where there is none: all slots are then of one place that is no seed.
-    """
-    # Not 0, whose logarithm is infinite. In float32, as Apple's GPUs have no float64: a chance is off by 2^-24 at most.
-    gaps = torch.rand(most, dtype=torch.float32, device=rate.device).clamp_(min=2**-25).log_().div_(torch.log1p(-rate))
-    seeds = gaps.ceil_().clamp_(1, 2 * places).cumsum(0, dtype=torch.int64).sub_(1)
-    first = seeds[:1]
-    return seeds.where(seeds < places, first.clamp(max=places - 1)), first >= places
-
-
-def cpu_block_elements(seeds: Tensor, x: Tensor, block_size: int, inside: bool = False) -> tuple[Tensor, Tensor]:
-    """The elements of each seed's block.
-
-    Args:
-        seeds: int64 (S,), numbers of places in the regions (H - b + 1, W - b + 1) of all maps (N, C), in this order.
-        x: (N, C, H, W), or of one or three sides; contiguous, or with C last in memory.
-        block_size, inside: as in `Disout`.
-    Returns: int64 (S, b * b), where the elements lie in the memory of x (a block that the map's edge cuts names some
-    twice; b is cut to the map, per side), and int64 (S,), the channel that each block is in.
-    """
-    _, channels, *size = x.shape
-    block = cut_block(block_size, size)
-    along = []  # (S, b) a side, the last side first: what its rows add to an element's place in memory
-    for side, b, stride in list(zip(size, block, x.stride()[2:], strict=True))[::-1]:
-        seeds, row = seeds // (side - b + 1), seeds % (side - b + 1)
-        first = first_row(b, block, size, inside)
-        rows = _cpu_once(row)[:, None] + torch.arange(first, first + b, device=seeds.device)
-        along.append((rows.clamp_(max=side - 1) if first else rows).mul_(stride))
-    n, channel = seeds // channels, seeds % channels
-    elements = _cpu_once(n * x.stride(0) + channel * x.stride(1))[:, None]
-    for rows in reversed(along):
-        elements = (elements[:, :, None] + rows[:, None, :]).flatten(1)
-    return _cpu_once(elements), channel
-
-
-def cpu_keep_mask(elements: Tensor, no_seed: Tensor, x: Tensor) -> Tensor:
-    """uint8 (N * C * H * W,), in the order of x's memory: 0 for the elements in a seed's block, else 1. `elements` is
-    of `cpu_block_elements`, `no_seed` of `cpu_draw_seeds`. (A bool mask multiplies more slowly on a CPU.)"""
-    keep = torch.ones(x.numel(), dtype=torch.uint8, device=x.device)
-    return keep.scatter_(0, elements.flatten(), no_seed.to(torch.uint8).expand(elements.numel()))
-
-
-def cpu_distort(
-    x: Tensor, keep: Tensor, elements: Tensor, noise: Tensor, strength: Tensor | float, alpha: float
-) -> tuple[Tensor, Tensor]:
-    """What `distort` returns; only the mask and one number are saved for the gradient here, too.
-
-    Args:
-        x: (N, C, H, W), contiguous or channels_last.
-        keep: uint8, from `cpu_keep_mask`.
-        elements: int64 (S, b * b), from `cpu_block_elements`: where keep is 0. If it is 0 nowhere, any of one block.
-        noise: standard normal, (S, b * b), or one number. Where blocks overlap, any of them gives an element its noise.
-        strength: (S, 1), or one number for all channels.
-        alpha: intensity.
-    Returns: as `distort`.
-    """
-    kept_share = _cpu_count(keep).float() / keep.numel()
-    divisor = torch.where(kept_share > 0, kept_share, 1.0)
-    # Without a seed all blocks are the first one, and it stays as it is.
-    untouched = _cpu_once(keep[elements[0, :1]] == 1)
-    features = _cpu_in_memory(x.detach())[elements[0]].to(torch.promote_types(x.dtype, torch.float32))
-    scale = (alpha * cpu_deviation(x.detach()) / divisor).view(1) * strength if alpha else divisor.new_zeros(1)
-    features, scale = torch.where(untouched, features, 0.0), torch.where(untouched, 0.0, scale)
-    values = torch.addcmul(_cpu_once(features), noise, _cpu_once(scale))
-    return _CpuReplaced.apply(x, keep, divisor, elements, values), kept_share
-
-
-class _CpuReplaced(torch.autograd.Function):
-    """x / divisor, with `values` in place of its `elements`, where keep is 0."""
-
-    @staticmethod
-    def forward(x: Tensor, keep: Tensor, divisor: Tensor, elements: Tensor, values: Tensor) -> Tensor:
-        values = values.to(x.dtype).expand(elements.shape).flatten()
-        size = math.prod(x.shape[1:])
-        if torch.compiler.is_compiling() and not torch.fx.experimental.symbolic_shapes.has_static_value(size):
-            # Inductor cannot put the strides of a view in order where they are symbols, so y must not be one, though
-            # that costs a pass.
-            replaced = torch.empty_like(x)
-            _cpu_in_memory(replaced).index_put_((elements.flatten(),), values)
-            return torch.where(_cpu_as_map(keep, x.shape, x.is_contiguous()) == 1, x / divisor, replaced)
-        y = x / divisor
-        _cpu_in_memory(y).scatter_(0, elements.flatten(), values)
-        return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:3])
-        ctx.contiguous = inputs[0].is_contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        keep, divisor = ctx.saved_tensors
-        grad_x = _cpu_as_map(keep.to(grad.dtype), grad.shape, ctx.contiguous)
-        where_kept = torch.ops.aten.threshold_backward  # also of an infinite gradient, at five times the speed of where
-        try:
-            where_kept.grad_input(grad, grad_x, 0, grad_input=grad_x)
-        except RuntimeError:  # gradients with a graph of their own, or many for the one mask, as vmap has them
-            grad_x = where_kept.default(grad, grad_x, 0)
-        return grad_x.div_(divisor), None, None, None, None
-
-
-def cpu_deviation(x: Tensor) -> Tensor:
-    """What `deviation` returns, to 0.05 %, from sums in float32, which are faster, where these are as good: rows of few
-    terms, no mean far from 0, no squares too large or too small. Compiled, it is `deviation`."""
-    if torch.compiler.is_compiling() or x[0].numel() > 2**20:
-        return deviation(x)
-    rows = _cpu_in_memory(x.to(torch.promote_types(x.dtype, torch.float32))).view(x.shape[0], -1)
-    squares = torch.linalg.vector_norm(rows, dim=1).square().sum()
-    centred = squares - rows.sum(1).sum().square() / x.numel()
-    try:
-        good = bool(1e-30 * x.numel() < squares < 16 * centred)
-    except RuntimeError:  # traced, without values
-        good = False
-    return torch.sqrt(centred / max(x.numel() - 1, 1)) if good else deviation(x)
-
-
-def _cpu_count(keep: Tensor) -> Tensor:
-    """How many of these zeros and ones, uint8 in one dimension, are one: int64. Adds words of eight bytes, 64 of them,
-    as a CPU does well."""
-    if torch.compiler.is_exporting():  # words would tie the number of elements to the example's
-        return keep.sum(dtype=torch.int64)
-    whole = keep.numel() // 512 * 512
-    words = keep[:whole].view(torch.int64).view(64, whole // 512).sum(0)
-    return words.view(torch.uint8).sum(dtype=torch.int64) + keep[whole:].sum(dtype=torch.int64)
-
-
-def _cpu_in_memory(x: Tensor) -> Tensor:
-    """The elements of a map that is contiguous, or has its channels last, in the order of memory, as a view."""
-    return (x if x.is_contiguous() else x.movedim(1, -1)).view(-1)
-
-
-def _cpu_as_map(elements: Tensor, shape: Sequence[int], contiguous: bool) -> Tensor:
-    """The other way round: a map (N, C, H, W) of elements in the order of memory, as a view."""
-    n, channels, *size = shape
-    return elements.view(shape) if contiguous else elements.view(n, *size, channels).movedim(-1, 1)
-
-
-def _cpu_once(x: Tensor) -> Tensor:
-    """x. as_strided wants memory, so a compiled network computes x once, not again wherever it is read."""
-    return x.as_strided(x.shape, x.stride())

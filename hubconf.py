@@ -21,19 +21,21 @@ def _own_module(name: str, file: str) -> types.ModuleType:
 
 
 # Under names of their own, as whoever loads this may have a `disout` and a package `models` as well, or another version
-# of ours. The networks import `disout`, so that is ours while they are imported.
+# of ours. The networks import `disout`, and that `disout_cpu`, so these names are ours while they are imported.
 PACKAGE = next(name for n in itertools.count(1) if (name := f"disout_hub_{n}") not in sys.modules)
 _own_module(PACKAGE, "models/__init__.py")
-THEIRS = sys.modules.get("disout")
-sys.modules["disout"] = _own_module(f"{PACKAGE}.disout", "disout.py")
+THEIRS = {name: sys.modules.pop(name, None) for name in ("disout_cpu", "disout")}
 try:
+    for name in THEIRS:
+        sys.modules[name] = _own_module(f"{PACKAGE}.{name}", f"{name}.py")
     cnn, regularizers, resnet_cifar = (
         importlib.import_module(f"{PACKAGE}.{name}") for name in ("cnn", "regularizers", "resnet_cifar")
     )
 finally:
-    del sys.modules["disout"]
-    if THEIRS:
-        sys.modules["disout"] = THEIRS
+    for name, module in THEIRS.items():
+        sys.modules.pop(name, None)
+        if module:
+            sys.modules[name] = module
 
 dependencies = ["torch", "torchvision"]
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import disout
+import disout_cpu
 import train
 from utils.failures import run_script
 
@@ -23,7 +24,7 @@ def x():
 @pytest.fixture(params=["plain", "cpu"])
 def form(request, monkeypatch):
     """The layer's form, on this CPU: both, one after the other."""
-    monkeypatch.setattr(disout, "for_cpu", lambda x: request.param == "cpu")
+    monkeypatch.setattr(disout.Disout, "plain", request.param == "plain")
     return request.param
 
 
@@ -114,23 +115,29 @@ class Dtypes(TorchDispatchMode):
 
 def keep_of(seeds, x, block_size, inside=False):
     """The mask, bool, of seeds (N, C, H - b + 1, W - b + 1), in the form that is set."""
-    if not disout.for_cpu(x):
+    if disout.Disout.plain:
         return disout.keep_mask(seeds, x.shape[2:], block_size, inside)
-    elements, _ = disout.cpu_block_elements(seeds.flatten().nonzero().flatten(), x, block_size, inside)
-    keep = disout.cpu_keep_mask(elements, torch.tensor([False]), x).bool()
+    elements, _ = block_elements(seeds, x, block_size, inside)
+    keep = disout_cpu.keep_mask(elements, torch.tensor([False]), x).bool()
     return torch.empty_like(x, dtype=torch.bool).as_strided_scatter(keep, keep.shape, (1,))
+
+
+def block_elements(seeds, x, block_size, inside):
+    block = disout.cut_block(block_size, x.shape[2:])
+    first_rows = [disout.first_row(b, block, x.shape[2:], inside) for b in block]
+    return disout_cpu.block_elements(seeds.flatten().nonzero().flatten(), x, block, first_rows)
 
 
 def distorted(x, seeds, noise, strength, alpha, block_size, inside=False):
     """The mask, bool, y and mean(keep) of what would be drawn, in the form that is set: at least one of `seeds`, noise
     (N, C, H, W) and strength (C,)."""
     keep = keep_of(seeds, x, block_size, inside)
-    if not disout.for_cpu(x):
+    if disout.Disout.plain:
         return keep, *disout.distort(x, keep, noise, strength, alpha)
-    elements, channel = disout.cpu_block_elements(seeds.flatten().nonzero().flatten(), x, block_size, inside)
+    elements, channel = block_elements(seeds, x, block_size, inside)
     noise = torch.empty_like(x, dtype=torch.float32).copy_(noise).as_strided((x.numel(),), (1,))[elements]
-    mask = disout.cpu_keep_mask(elements, torch.tensor([False]), x)
-    return keep, *disout.cpu_distort(x, mask, elements, noise, strength[channel, None], alpha)
+    mask = disout_cpu.keep_mask(elements, torch.tensor([False]), x)
+    return keep, *disout_cpu.replace(x, mask, elements, noise, strength[channel, None], alpha)
 
 
 def stop_at(monkeypatch, function, call):

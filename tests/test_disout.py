@@ -11,6 +11,7 @@ from conftest import Dtypes, distorted, in_training, keep_of
 from torch import nn
 
 import disout
+import disout_cpu
 from disout import Disout, seed_rate, strength
 
 # Every test here runs in both forms.
@@ -475,11 +476,13 @@ def test_blocks_of_a_sequence_are_stretches_of_one_feature():
     assert dropped.any(2).sum() < dropped.any(2).numel() / 2
 
 
-def test_the_file_can_be_copied_alone():
-    tree = ast.parse(Path(disout.__file__).read_text())
-    imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imports |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imports <= {"collections.abc", "math", "numbers", "typing", "torch", "torch.nn.functional"}
+def test_the_files_import_torch_alone():
+    imports = set()
+    for file in (disout.__file__, disout_cpu.__file__):
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+        imports |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imports |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imports == {"collections.abc", "disout_cpu", "math", "numbers", "typing", "torch", "torch.nn.functional"}
 
 
 def test_distort_leaves_its_arguments_alone(x):
@@ -494,7 +497,7 @@ def test_a_layer_left_on_another_device_is_said(x):
 
 
 def test_a_weight_on_another_device_than_the_map_is_read(monkeypatch):
-    monkeypatch.setattr(disout, "for_cpu", lambda x: False)  # as on any other device
+    monkeypatch.setattr(Disout, "plain", True)  # as on any other device
     x, layer = torch.zeros(2, 8, 6, 6, device="meta"), Disout(0.3).to("meta")
     assert layer(x, torch.randn(4, 8, 3, 3)).device == x.device
 

@@ -7,8 +7,9 @@ import torch
 from conftest import Dtypes, in_training
 from scipy.stats import binom
 
-import disout
-from disout import Disout, cpu_deviation, cpu_draw_seeds, cpu_most_seeds
+import disout_cpu
+from disout import Disout
+from disout_cpu import deviation, draw_seeds, most_seeds
 
 
 def test_seeds_are_independent_draws_at_the_rate():
@@ -16,7 +17,7 @@ def test_seeds_are_independent_draws_at_the_rate():
     counts, hits, neighbours = [], torch.zeros(places), torch.zeros(places - 1)
     torch.manual_seed(0)
     for _ in range(draws):
-        seeds, no_seed = cpu_draw_seeds(torch.tensor(rate), places, cpu_most_seeds(rate, places))
+        seeds, no_seed = draw_seeds(torch.tensor(rate), places, most_seeds(rate, places))
         hit = torch.zeros(places).index_fill(0, seeds, float(not no_seed))
         counts.append(hit.sum())
         hits += hit
@@ -30,15 +31,15 @@ def test_seeds_are_independent_draws_at_the_rate():
 
 
 def test_rate_zero_has_no_seed_and_rate_one_every_place():
-    seeds, no_seed = cpu_draw_seeds(torch.tensor(0.0), 10, 4)
+    seeds, no_seed = draw_seeds(torch.tensor(0.0), 10, 4)
     assert no_seed and seeds.min() >= 0 and seeds.max() < 10
-    seeds, no_seed = cpu_draw_seeds(torch.tensor(1.0), 10, cpu_most_seeds(1.0, 10))
+    seeds, no_seed = draw_seeds(torch.tensor(1.0), 10, most_seeds(1.0, 10))
     assert not no_seed and seeds.tolist() == list(range(10))
 
 
 @pytest.mark.parametrize(("rate", "places"), [(0.0, 50), (1e-6, 1000), (0.01, 300), (0.2, 1000), (0.9, 2000), (1.0, 7)])
 def test_more_seeds_than_there_is_room_for_are_all_but_impossible(rate, places):
-    most = cpu_most_seeds(rate, places)
+    most = most_seeds(rate, places)
     assert 1 <= most <= places
     assert binom.sf(most, places, rate) < 1e-12
 
@@ -52,9 +53,7 @@ def test_the_room_for_seeds_follows_the_largest_rate_set():
 
 def test_the_room_is_exact_for_the_rate_given_first_and_rounded_up_for_larger_ones(x, monkeypatch):
     asked, layer = [], Disout(0.09, block_size=1)
-    monkeypatch.setattr(
-        disout, "cpu_most_seeds", lambda rate, places: asked.append(rate) or cpu_most_seeds(rate, places)
-    )
+    monkeypatch.setattr(disout_cpu, "most_seeds", lambda rate, places: asked.append(rate) or most_seeds(rate, places))
     rounded = 0.09 * 3 / 3
     assert rounded > 0.09
     for rate in (0.0, rounded, 0.1, 0.01, 0.126, 1.0):
@@ -67,13 +66,13 @@ def test_the_room_is_exact_for_the_rate_given_first_and_rounded_up_for_larger_on
 @pytest.mark.parametrize("shape", [(128, 64, 8, 8), (2, 64, 56, 56), (4, 8), (1, 16, 256, 256), (1, 64, 512, 512)])
 def test_deviation_is_that_of_the_whole_batch(shape, mean):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + mean
-    assert cpu_deviation(x).item() == pytest.approx(x.double().std().item(), rel=5e-4)
+    assert deviation(x).item() == pytest.approx(x.double().std().item(), rel=5e-4)
 
 
 @pytest.mark.parametrize("rest", [0, 3])
 def test_the_kept_are_counted_in_int64_as_a_map_may_have_more_than_int32_holds(rest):
     """Without memory, by the dtype of every sum; then the numbers."""
     with Dtypes() as dtypes:
-        count = disout._cpu_count(torch.ones(2**32 + rest, dtype=torch.uint8, device="meta"))
+        count = disout_cpu._count(torch.ones(2**32 + rest, dtype=torch.uint8, device="meta"))
     assert count.dtype == torch.int64 and dtypes.seen == {torch.uint8, torch.int64}
-    assert disout._cpu_count((torch.arange(5120 + rest) % 5 > 0).to(torch.uint8)) == 4096 + max(rest - 1, 0)
+    assert disout_cpu._count((torch.arange(5120 + rest) % 5 > 0).to(torch.uint8)) == 4096 + max(rest - 1, 0)

@@ -1,11 +1,17 @@
 """The plain form and that for CPUs: one method. And what the plain form costs, counted on the meta device."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import distorted, in_training
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import disout
+import disout_cpu
 from disout import Disout, seed_rate
 
 
@@ -17,8 +23,8 @@ def test_both_forms_give_the_same_of_the_same_draws(monkeypatch, size, block_siz
     x = torch.randn(6, 4, *size).to(dtype).requires_grad_()
     seeds, noise = torch.rand(6, 4, *seed_rate(0.0, size, block_size)[1]) < 0.2, torch.randn(x.shape)
     results = []
-    for on_cpu in (False, True):
-        monkeypatch.setattr(disout, "for_cpu", lambda x, on_cpu=on_cpu: on_cpu)
+    for plain in (True, False):
+        monkeypatch.setattr(Disout, "plain", plain)
         keep, y, share = distorted(
             x, seeds, noise, torch.rand(4, generator=torch.Generator().manual_seed(0)), 5.0, block_size, inside
         )
@@ -30,8 +36,34 @@ def test_both_forms_give_the_same_of_the_same_draws(monkeypatch, size, block_siz
         )
 
 
-def test_the_form_is_chosen_by_the_device():
-    assert disout.for_cpu(torch.zeros(1)) and not disout.for_cpu(torch.zeros(1, device="meta"))
+def test_a_cpu_has_its_form_unless_told_and_no_other_device_has(x, monkeypatch):
+    draw_blocks, used = disout_cpu.draw_blocks, []
+    monkeypatch.setattr(disout_cpu, "draw_blocks", lambda *args: used.append(1) or draw_blocks(*args))
+    layer = Disout(0.3)
+    layer(x)
+    assert used == [1]
+    layer.plain = True
+    layer(x)
+    Disout(0.3).to("meta")(x.to("meta"))
+    assert used == [1]
+
+
+def test_the_file_alone_is_the_method(tmp_path):
+    """As one copies it into a project; with forward-mode differentiation, which the form for CPUs has not."""
+    shutil.copy(disout.__file__, tmp_path / "disout.py")
+    code = """
+import sys, torch, disout
+assert disout.disout_cpu is None and "disout_cpu" not in sys.modules
+torch.manual_seed(0)
+layer, conv, x = disout.Disout(0.3, 3, alpha=5.0), torch.nn.Conv2d(8, 4, 3), torch.randn(16, 8, 8, 8)
+layer.dist_prob = 0.6
+y = layer(x, conv.weight)
+conv(y).sum().backward()
+assert 0.3 < layer.distorted < 0.7 and (y != x).any()
+torch.func.jvp(lambda x: layer(x, conv.weight), (x,), (x,))
+assert torch.equal(layer.eval()(x), x)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": ""})
 
 
 class Kernels(TorchDispatchMode):
@@ -68,7 +100,7 @@ def test_few_kernels_wait_for_a_device_and_layouts_are_kept_there(shape, dtype, 
 
 
 def test_without_the_private_name_of_torch_the_transforms_are_still_seen(monkeypatch):
-    monkeypatch.setattr(disout, "for_cpu", lambda x: False)  # the other form's Function needs that name itself
+    monkeypatch.setattr(Disout, "plain", True)  # the other form's Function needs that name itself
     monkeypatch.delattr(torch._C, "_are_functorch_transforms_active")
     layer, x = Disout(0.3, 3), torch.randn(16, 8, 8, 8)
     in_training(x, layer)

@@ -11,7 +11,11 @@ import train
 from disout import Disout
 
 ROOT = Path(train.__file__).parent
-FILES = ["disout.py", *(f"disout_attach/{name}" for name in ("__init__.py", "graph.py", "hooks.py", "py.typed"))]
+FILES = [
+    "disout.py",
+    "disout_cpu.py",
+    *(f"disout_attach/{name}" for name in ("__init__.py", "graph.py", "hooks.py", "py.typed")),
+]
 FILES += ["disout_attach/readers.py", "disout_attach/values.py"]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -61,6 +65,7 @@ def test_the_hub_and_packages_of_the_users_own_with_the_same_names(tmp_path, fir
         (tmp_path / package / "__init__.py").write_text(f"NAME = 'their {package}'\n")
     (tmp_path / "models/cnn.py").write_text("NAME = 'their cnn'\n")
     (tmp_path / "disout.py").write_text("NAME, Disout = 'their disout', None\n")  # such as the authors'
+    (tmp_path / "disout_cpu.py").write_text("raise ImportError\n")
     ours = f"import torch; model = torch.hub.load({str(ROOT)!r}, 'cnn_disout', source='local')"
     theirs = "import disout, models.cnn, utils; names = (disout.NAME, models.cnn.NAME, utils.NAME)"
     lines = [theirs, ours] if first == "theirs" else [ours, theirs]
@@ -71,7 +76,12 @@ def test_the_hub_and_packages_of_the_users_own_with_the_same_names(tmp_path, fir
 def test_the_hub_gives_each_version_its_own_network(tmp_path):
     models = []
     for version in ("1", "2"):
-        for name in ("hubconf.py", "disout.py", *(str(path.relative_to(ROOT)) for path in ROOT.glob("models/*.py"))):
+        for name in (
+            "hubconf.py",
+            "disout.py",
+            "disout_cpu.py",
+            *(str(path.relative_to(ROOT)) for path in ROOT.glob("models/*.py")),
+        ):
             copy = tmp_path / version / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(f"{(ROOT / name).read_text(encoding='utf-8')}\nVERSION = {version}\n", encoding="utf-8")
@@ -81,3 +91,5 @@ def test_the_hub_gives_each_version_its_own_network(tmp_path):
         again = pickle.loads(pickle.dumps(model))
         assert type(again) is type(model) and type(again.hidden1) is type(model.hidden1)
     assert sys.modules["disout"].Disout is Disout
+    cpu = [sys.modules[type(model.hidden1).__module__].disout_cpu for model in models]
+    assert [module.VERSION for module in cpu] == [1, 2] and sys.modules["disout_cpu"] not in cpu
