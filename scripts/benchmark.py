@@ -68,7 +68,10 @@ def main(argv: list[str]) -> None:
     print(machine)
 
     compiler = device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++"))
-    rows = [*training_steps(device, not args.eager and bool(compiler)), *layer(device), *augmentation(device)]
+    compiled = not args.eager and bool(compiler)
+    rows = [*training_steps(device, compiled), *layer(device), *augmentation(device)]
+    if device.type == "cpu":
+        rows += forms(device, compiled)
     with tempfile.TemporaryDirectory() as folder:
         rows += loader(args.data or generate_photographs(Path(folder)))
     if args.json:
@@ -128,10 +131,12 @@ def cifar_steps(device: torch.device, amp: bool, name: str, compiled: bool) -> l
 
 
 def cifar_step(
-    device: torch.device, method: str, amp: bool, compiled: bool = False, depth: int = 56
+    device: torch.device, method: str, amp: bool, compiled: bool = False, depth: int = 56, plain: bool = False
 ) -> Callable[[], None]:
     """Training steps of train.py at the end of the schedule, where the rate is the full one."""
     model = ResNet(depth, 10, make_regularizer(method, 0.09, 6, 5.0, False))
+    for module in regularizer_layers(model):
+        module.plain = plain
     if compiled:
         model.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
     return training(model, device, 128, 32, amp, nesterov=False)
@@ -192,6 +197,38 @@ def layer(device: torch.device) -> list[Row]:
             rows.append(report(f"{name}: Disout / {what}", ratios(times, "disout", other), target if cpu else None))
         kept = bytes_kept(calls["disout"]) / x.numel()
         rows.append(report(f"{name}: bytes kept for backward, an element", [kept], 1.001))
+    return rows
+
+
+def forms(device: torch.device, compiled: bool) -> list[Row]:
+    """What disout_cpu.py is worth: layer and step with its form and with the plain one, on one thread."""
+    rows, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    x = torch.randn(128, 64, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    weight, grad = torch.randn(64, 64, 3, 3), torch.randn_like(x)
+    for how in ("eager", "compiled") if compiled else ("eager",):
+        layers = {name: Disout(0.09, 6, 5.0) for name in ("cpu", "plain")}
+        layers["plain"].plain = True
+        if how == "compiled":
+            for module in layers.values():
+                module.compile(fullgraph=True, dynamic=False)
+        calls = {
+            name: lambda module=module: torch.autograd.grad(module(x, weight), x, grad)
+            for name, module in layers.items()
+        }
+        name = f"layer, {tuple(x.shape)}, threads: 1, {how}"
+        rows.append(report(f"{name}: plain form / form for CPUs", ratios(interleave(calls, 100), "plain", "cpu")))
+        steps = {
+            "none": cifar_step(device, "none", False, how == "compiled"),
+            "cpu": cifar_step(device, "disout", False, how == "compiled"),
+            "plain": cifar_step(device, "disout", False, how == "compiled", plain=True),
+        }
+        times = interleave(steps, 15)
+        for form, what in (("cpu", "form for CPUs"), ("plain", "plain form")):
+            rows.append(
+                report(f"ResNet-56 step, float32, threads: 1, {how}: {what} / none", ratios(times, form, "none"))
+            )
+    torch.set_num_threads(threads)
     return rows
 
 

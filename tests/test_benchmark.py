@@ -27,7 +27,8 @@ def benchmark(monkeypatch):
         return times
 
     monkeypatch.setattr(module, "interleave", once)
-    monkeypatch.setattr(module, "training_steps", lambda *_: [])
+    for name in ("training_steps", "forms"):
+        monkeypatch.setattr(module, name, lambda *_: [])
     return module
 
 
