@@ -38,7 +38,7 @@ except ModuleNotFoundError as error:
         raise
     disout_cpu = None  # type: ignore[assignment]
 
-# What takes the place of strength() where no layer reads the map next (authors' code).
+# It takes the place of strength() where no layer reads the map next (authors' code).
 NO_READER_STRENGTH = 0.01
 Rate = TypeVar("Rate", Tensor, float)
 
@@ -171,17 +171,13 @@ def disout_forward(layer: Disout, x: Tensor, next_weight: Tensor | None, groups:
     if not maps.movedim(1, -1).is_contiguous():
         maps = maps.contiguous()
 
-    size = maps.shape[2:]
-    # An exported network has no other size of batch than the example's where disout_cpu counts.
+    # Exported, disout_cpu would tie a network to the size of the example's batch.
     on_cpu = disout_cpu and x.device.type == "cpu" and not layer.plain and not torch.compiler.is_exporting()
     if on_cpu:
-        block = cut_block(layer.block_size, size)
-        first_rows = [first_row(b, block, size, layer.inside) for b in block]
-        rate, _ = seed_rate(layer._dist_prob, size, layer.block_size)
-        largest, _ = seed_rate(float(layer._bound), size, layer.block_size)
-        blocks = disout_cpu.draw_blocks(maps, rate, largest, block, first_rows)
+        blocks = cpu_blocks(layer, maps)
     else:
-        keep = keep_mask(draw_seeds(layer._dist_prob, maps, layer.block_size), size, layer.block_size, layer.inside)
+        seeds = draw_seeds(layer._dist_prob, maps, layer.block_size)
+        keep = keep_mask(seeds, maps.shape[2:], layer.block_size, layer.inside)
     s = NO_READER_STRENGTH if next_weight is None else strength(next_weight, draw_signs(next_weight, maps), groups)
     if on_cpu:
         y, kept_share = disout_cpu.distort(maps, blocks, s, layer.alpha)
@@ -193,6 +189,16 @@ def disout_forward(layer: Disout, x: Tensor, next_weight: Tensor | None, groups:
         layer.distorted.copy_(1 - kept_share)
     y = y.view(y.shape[: x.dim()])
     return y.movedim(1, -1) if layer.features_last else y
+
+
+def cpu_blocks(layer: Disout, x: Tensor) -> "disout_cpu.Blocks":
+    """What disout_cpu draws in place of seeds and a mask."""
+    size = x.shape[2:]
+    block = cut_block(layer.block_size, size)
+    first_rows = [first_row(b, block, size, layer.inside) for b in block]
+    rate, _ = seed_rate(layer._dist_prob, size, layer.block_size)
+    largest, _ = seed_rate(float(layer._bound), size, layer.block_size)
+    return disout_cpu.draw_blocks(x, rate, largest, block, first_rows)
 
 
 def under_torch_func(x: Tensor) -> bool:

@@ -46,10 +46,10 @@ class Hook:
         if not (self.parent or module).training:
             return output
         if isinstance(module, RECURRENT):
-            return (self.distorted(output[0]), *output[1:])
-        return self.distorted(output)
+            return (self.through_layer(output[0]), *output[1:])
+        return self.through_layer(output)
 
-    def distorted(self, x: Any) -> Any:
+    def through_layer(self, x: Any) -> Any:
         if isinstance(x, fx.Proxy):  # a second `attach` follows its maps
             return x
         if isinstance(x, Tensor) and x.is_quantized:  # converted for use, though such modules say that they train
@@ -117,14 +117,14 @@ class Handle:
         self.layers: dict[str, Disout] = {}
         self._model = model
         self._readers: dict[str, str] = {}
-        self._places: list[tuple[Hook, nn.Module, str]] = []
+        self._hooks: list[tuple[Hook, nn.Module, str]] = []
 
     def set_dist_prob(self, dist_prob: float) -> None:
         """Raises RuntimeError where modules were exchanged for others without their hooks, so that nothing distorts, or
         where a reader was exchanged for one with another weight, so that the strength comes from the old one."""
         there = {id(hook) for module in self._model.modules() for hook in module._forward_hooks.values()}
         read = {*map(id, self._model.modules()), *map(id, self._model.parameters())}
-        hooks = {name: hook for name, (hook, *_) in zip(self.layers, self._places, strict=True)}
+        hooks = {name: hook for name, (hook, *_) in zip(self.layers, self._hooks, strict=True)}
         gone = [name for name, hook in hooks.items() if id(hook) not in there]
         if gone:
             raise RuntimeError(
@@ -141,14 +141,14 @@ class Handle:
 
     def remove(self) -> None:
         """The network is as it was. A second time it does nothing."""
-        hooks = [hook for hook, *_ in self._places]
+        hooks = [hook for hook, *_ in self._hooks]
         for module in self._model.modules():  # not only where they were put: some exchanges take them along
             for key, hook in list(module._forward_hooks.items()):
                 if any(hook is ours for ours in hooks):
                     del module._forward_hooks[key]
-        for _, host, name in self._places:
+        for _, host, name in self._hooks:
             delattr(host, name)
-        self._places.clear()
+        self._hooks.clear()
         self.layers.clear()
         self._readers.clear()
 
@@ -227,8 +227,8 @@ def attach(
             layers = [modules[piece.name if isinstance(piece, Piece) else str(given[name])] for piece in pieces]
             reader = str(given[name] or "no reader") if name in given else str(read)
             layer = Disout(dist_prob, block_size, alpha, features_last=last).train(model.training)
-            places = [device_of(module) for module in (modules[name], *layers, model)]
-            layer.to(next(filter(None, places), None))
+            devices = [device_of(module) for module in (modules[name], *layers, model)]
+            layer.to(next(filter(None, devices), None))
             parent = modules[name.rpartition(".")[0]]
             batch_norm = isinstance(modules[name], BATCH_NORMS)
             host = host_of(modules[name], parent, model)
@@ -236,7 +236,7 @@ def attach(
             host.add_module(attribute, layer)
             hook = Hook(layer, layers, pieces, f"{name} -> {reader}", parent if batch_norm else None)
             modules[name].register_forward_hook(hook)
-            handle._places.append((hook, host, attribute))
+            handle._hooks.append((hook, host, attribute))
             handle.layers[name] = layer
             handle._readers[name] = reader
     except ValueError:

@@ -35,12 +35,12 @@ class Dropped(nn.Module):
         self.layer.p = rate
 
     def forward(self, x: Tensor, next_weight: Tensor | None = None, groups: int | None = None) -> Tensor:
-        return dropped_map(self, x)
+        return dropout_forward(self, x)
 
 
 # torch.fx does not look into it, as with Disout.
 @fx.wrap
-def dropped_map(module: Dropped, x: Tensor) -> Tensor:
+def dropout_forward(module: Dropped, x: Tensor) -> Tensor:
     if not module.training:
         return x
     mask = module.layer(x.new_ones(*x.shape[: module.dims], *(1,) * (x.dim() - module.dims)))

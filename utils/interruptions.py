@@ -32,8 +32,8 @@ def heard() -> list[signal.Signals]:
 
 
 class Interruptions:
-    """While it is entered, signals are only noted. The same one again does what it always did, unless it comes at once:
-    a scheduler may send SIGTERM while the run still saves for the SIGUSR1 that came before.
+    """Within `with`, the signals that stop a run are only noted. The same one again does what it always did, unless it
+    comes at once: a scheduler may send SIGTERM while the run still saves for the SIGUSR1 that came before.
 
     Args:
         save_minutes: at least so often a run saves.
