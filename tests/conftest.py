@@ -124,8 +124,8 @@ def keep_of(seeds, x, block_size, inside=False):
 
 def block_elements(seeds, x, block_size, inside):
     block = disout.cut_block(block_size, x.shape[2:])
-    first_rows = [disout.first_row(b, block, x.shape[2:], inside) for b in block]
-    return disout_cpu.block_elements(seeds.flatten().nonzero().flatten(), x, block, first_rows)
+    offsets = [disout.block_offset(b, block, x.shape[2:], inside) for b in block]
+    return disout_cpu.block_elements(seeds.flatten().nonzero().flatten(), x, block, offsets)
 
 
 def distorted(x, seeds, noise, strength, alpha, block_size, inside=False):
