@@ -1,5 +1,5 @@
-"""What disout.py draws, drawn with less work on a CPU, where every pass over a map counts. On one thread, a training step
-of ResNet-56 takes 1.5 times as long with the plain form as without the layer, and 1.06 times with this one
+"""What disout.py draws, drawn with less work on a CPU, where every pass over a map counts. On one thread, a training
+step of ResNet-56 takes 1.5 times as long with the plain form as without the layer, and 1.06 times with this one
 (results/published/benchmark).
 
 The distribution is the same. Each place of a map is still a seed with the probability of `disout.seed_rate`,

@@ -1,7 +1,8 @@
-# Sourced by the table scripts. run_rows OUTPUT COMMAND [FLAG...] reads rows 'NAME FLAGS' and runs each with every seed, the
-# first seed of all rows before the second, further flags last, so that they override. A finished run is passed over, an
-# unfinished one resumed. From the environment: SEEDS (default "0 1 2"), JOBS at a time (1), which share out the cores
-# that they may use (and one GPU), LAUNCH (python, or "torchrun --nproc_per_node=8"), and DRY_RUN=1, which only prints the commands.
+# Sourced by the table scripts. run_rows OUTPUT COMMAND [FLAG...] reads rows 'NAME FLAGS' and runs each with every seed,
+# the first seed of all rows before the second, further flags last, so that they override. A finished run is passed over,
+# an unfinished one resumed. From the environment: SEEDS (default "0 1 2"), JOBS at a time (1), which share out the cores
+# that they may use (and one GPU), LAUNCH (python, or "torchrun --nproc_per_node=8"), and DRY_RUN=1, which only prints
+# the commands.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run_rows() {
     local output=$1 command=$2 seed row name flags extra=""

@@ -18,6 +18,7 @@ from conftest import metrics, same, without_times
 
 import train_imagenet
 from models.resnet_imagenet import ResNet50
+from utils.agreement import Seen, of_the_run, why_not
 from utils.failures import run_script
 from utils.processes import leave
 
@@ -114,6 +115,9 @@ def test_an_image_less_on_one_machine_is_refused(pair, machines):
         (["--amp"], "--amp is False on"),
         (["--resume"], "--resume is False on"),
         (["--seed", "3"], "--seed is 0 on"),
+        (["--name", "other"], "--name is run on"),
+        (["--init", "weights.pt"], "--init is not given on"),
+        (["--evaluate", "weights.pt"], "--evaluate is not given on"),
     ],
 )
 def test_other_flags_on_one_machine_are_refused(pair, machines, more, said):
@@ -121,6 +125,35 @@ def test_other_flags_on_one_machine_are_refused(pair, machines, more, said):
     ours, theirs = flags()
     line = refused(pair(ours, [*theirs, *more]))
     assert said in line and "(process 0) and " in line and not (first / "results").exists()
+
+
+@pytest.mark.parametrize("flag", ["--init", "--evaluate"])
+def test_a_file_that_the_first_process_alone_is_given_is_refused(pair, machines, flag):
+    (first, _), flags = machines
+    torch.save(ResNet50(2).state_dict(), first / "weights.pt")
+    ours, theirs = flags()
+    line = refused(pair([*ours, flag, f"{first}/weights.pt"], theirs))
+    assert f"{flag} is given on" in line and "and not given on" in line and not (first / "results").exists()
+
+
+def test_one_device_type_for_all_and_evaluation_of_a_run_that_another_has():
+    flags = {"resume": True, "evaluate": None, "init": None, "device": torch.device("cpu"), "workers": 8}
+    seen = [Seen("a", of_the_run(flags), False, {}, None)]
+    assert why_not([seen[0], seen[0]._replace(flags=of_the_run(flags | {"workers": 2}))], Path("run")) is None
+    other = of_the_run(flags | {"device": torch.device("cuda:1")})
+    assert "--device is cpu on" in str(why_not([seen[0], seen[0]._replace(flags=other)], Path("run")))
+    older = {flag: value for flag, value in of_the_run(flags).items() if flag != "resume"}
+    assert "--resume is True on a (process 0) and None on" in str(
+        why_not([seen[0], seen[0]._replace(flags=older)], Path("run"))
+    )
+
+
+def test_no_image_that_any_process_can_read_is_said_once(pair, machines):
+    folders, flags = machines
+    for folder in folders:
+        for image in folder.glob("photographs/val/*/*.jpg"):
+            image.write_bytes(b"no image")
+    assert "none of the images to evaluate on" in refused(pair(*flags("--skip_corrupt", "--epochs", "1")), code=1)
 
 
 def test_evaluation_is_of_the_first_ones_weights(pair, machines):
@@ -139,6 +172,10 @@ def test_evaluation_is_of_the_first_ones_weights(pair, machines):
     assert len(set(lines)) == 1 and "top1" in lines[0]
     (first / "weights.pt").write_bytes(b"no weights")
     assert "no torch file" in refused(pair(*flags("--evaluate", f"{first}/weights.pt")), code=1)
+    torch.save(ResNet50(2).state_dict(), first / "weights.pt")
+    (second / "results/run").mkdir(parents=True)
+    (second / "results/run/checkpoint.pt").touch()  # which an evaluation does not read
+    assert pair(*flags("--evaluate", f"{first}/weights.pt", "--resume"))[0][0] == 0
 
 
 def test_a_run_is_where_its_first_process_is(pair, machines):

@@ -354,3 +354,15 @@ def test_without_fcntl_both_scripts_train_and_lock_their_folder(script, tmp_path
     trained = subprocess.run(command, capture_output=True, text=True)
     assert trained.returncode == 0, trained.stderr
     assert (tmp_path / "run/summary.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' names are text")
+def test_a_name_that_follows_from_a_folder_whose_name_is_no_utf8(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stop:
+        run_script("train_imagenet.py", train_imagenet.main, ["--data", "."])
+    message = capsys.readouterr().err
+    assert (stop.value.code, message.count("\n")) == (2, 1) and "argument --name: must be UTF-8" in message
+    assert not list(folder.iterdir())

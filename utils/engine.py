@@ -123,7 +123,7 @@ def train_epoch(
     check(last_step)
     loss_sum, top1, count, skipped = summed(totals).tolist()
     if not count:
-        raise ImageError("none of the images to train on can be read")
+        raise no_image("train")
     distorted = float(torch.stack([layer.distorted for layer, _ in layers]).mean()) if layers else 0.0
     return {
         "train_loss": loss_sum / count,
@@ -169,7 +169,7 @@ def evaluate(model: nn.Module, batches: Batches, amp: bool = False) -> dict[str,
         totals += batch_sums(logits, labels, ks=(1, 5))
     loss_sum, top1, top5, count, skipped = summed(totals).tolist()
     if not count:
-        raise ImageError("none of the images to evaluate on can be read")
+        raise no_image("evaluate")
     return {
         "test_loss": loss_sum / count,
         "test_top1": 100 * top1 / count,
@@ -177,6 +177,13 @@ def evaluate(model: nn.Module, batches: Batches, amp: bool = False) -> dict[str,
         "test_images": int(count),
         "test_skipped": int(skipped),
     }
+
+
+def no_image(to: str) -> ImageError:
+    """What all processes raise, as none of them has one."""
+    error = ImageError(f"none of the images to {to} on can be read")
+    error.of_all = True
+    return error
 
 
 def batch_sums(logits: Tensor, labels: Tensor, ks: tuple[int, ...]) -> Tensor:

@@ -74,19 +74,21 @@ def line_and_code(error: BaseException) -> tuple[str, int] | None:
         case torch._dynamo.exc.TorchDynamoException():
             what = " ".join(said.split("\n\n")[0].split())
             return f"--compile does not work here ({what})", 1
-        case RuntimeError() if line := of_other_processes(said):
+        case RuntimeError() if line := of_other_processes(error):
             return line, 1
         case KeyboardInterrupt():
             return "stopped; --resume goes on after the last checkpoint", 130
     return None
 
 
-def of_other_processes(message: str) -> str | None:
-    """One line for a RuntimeError of torch that is about a process that died: a loader's worker, or one that torchrun
+def of_other_processes(error: RuntimeError) -> str | None:
+    """One line for an error of torch that is about a process that died: a loader's worker, or one that torchrun
     started; None for another."""
+    message = str(error)
     too_little = "shared memory(shm)" in message  # raised in the worker, which lives
     if too_little or message.startswith(("DataLoader worker (pid", "Pin memory thread")):
         return str(WorkerDied())
-    if dist.is_initialized() and any(backend in message.lower() for backend in ("gloo", "nccl")):
+    within = dist.is_initialized() and any(backend in message.lower() for backend in ("gloo", "nccl"))
+    if within or isinstance(error, getattr(dist, "DistError", ())):  # the latter before they have joined
         return "another process of this run ended; it says why"
     return None

@@ -163,7 +163,10 @@ def run_settings(args: argparse.Namespace, parser: Parser) -> tuple[dict[str, ob
     if args.device.type == "cuda" and local_rank >= torch.cuda.device_count():
         raise UsageError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here")
     network = f"resnet{args.depth}" if args.depth else "cnn"
-    args.name = args.name or f"{args.dataset}-{network}-{args.method}-s{args.seed}"
+    try:  # also of a folder of images whose name was not typed, as in --data .
+        args.name = in_utf8(args.name or f"{args.dataset}-{network}-{args.method}-s{args.seed}")
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"argument --name: {error}") from None
     unread = {"dist_prob", "constant_prob", "block_size", "alpha", "inside"} - set(METHODS[args.method].settings)
     for flag in unread:
         setattr(args, flag, type(getattr(args, flag))(0))
