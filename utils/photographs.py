@@ -161,7 +161,8 @@ def load_part(data: str | Path, part: str, transform: v2.Transform, seed: int, s
     photographs = Photographs(folder, transform, seed, skip_corrupt)
     if (left := photographs.images.passed_over) and is_first():
         names = ", ".join(sorted(set(left)))
-        say(f"{folder}: passed over {len(left)} folders that a system left there ({names})", sys.stderr)
+        folders = "folder" if len(left) == 1 else "folders"
+        say(f"{folder}: passed over {len(left)} {folders} that a system left there ({names})", sys.stderr)
     return photographs
 
 
