@@ -281,7 +281,7 @@ def strength(next_weight: Tensor, signs: Tensor, groups: int | None = None) -> T
     """
     channels, shape = signs.shape[0], tuple(next_weight.shape)
     if groups is None:
-        groups = channels // shape[1] if len(shape) > 2 and shape[1] else 1
+        groups = max(channels // shape[1], 1) if len(shape) > 2 and shape[1] else 1
     elif not isinstance(groups, Integral) or groups < 1:
         raise ValueError(f"groups must be a whole number of at least 1, not {groups!r}")
     on_meta = next_weight.is_meta and not signs.is_meta

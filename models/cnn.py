@@ -1,8 +1,9 @@
 """The plain CNN of the paper's Table 1, whose fully connected layers are regularized.
 
 The authors published no code of it; the layers are those of a third party's code (github.com/jiahy0825/Disout), batch
-norm after the convolutions among them: without it the network stayed at chance in a short trial. The regularizer adds
-no entry to the state dict.
+norm after the convolutions among them. The code of RDdrop, Table 1's strongest other method, has none
+(github.com/kzhai/Lasagne), and ours is better without a regularizer than the paper's with Disout: so it cannot tell
+whether the paper's gain is there. The regularizer adds no entry to the state dict.
 """
 
 import torch.nn.functional as F

@@ -3,7 +3,7 @@
 import re
 import statistics
 
-from runs import Run, difference, precision
+from runs import Run, difference, holm, precision
 
 CONDITIONS = ("runs", "epochs", "minutes a run", "precision", "device")
 
@@ -18,15 +18,28 @@ def anchor(title: str) -> str:
     return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
-def paired_differences(pairs: list[tuple[str, list[Run], str, list[Run]]], fewest: int) -> list[str]:
-    """A table of the differences of (name, runs, name of the others, the others) with so many seeds in common."""
-    lines = [["", "against", "last epoch", "best epoch", "pairs", "in words"]]
-    for name, group, other_name, other in pairs:
-        last, best = (difference(group, other, measure) for measure in (Run.last, Run.best))
-        if last and last.pairs >= fewest:
-            words = last.in_words()
-            words += "" if words == best.in_words() else f"; best epoch: {best.in_words()}"
-            lines.append([name, other_name, str(last), str(best), str(last.pairs), words])
+Pair = tuple[str, list[Run], str, list[Run]]  # name, runs, name of the others, the others
+
+
+def paired_differences(pairs: list[Pair], primary: tuple[str, str] | None = None, verdicts: bool = True) -> list[str]:
+    """A table of differences of the last and the best epoch. In words, for the last epoch: the `primary` one (name and
+    the others' name), which was named before the first run, as it is; of the others, if `verdicts`, those with all
+    seeds that any row has, with Holm's correction over these."""
+    all_seeds = max((len(runs) for _, *both in pairs for runs in (both[0], both[2])), default=0)
+    found = [(pair, difference(pair[1], pair[3], Run.last), difference(pair[1], pair[3], Run.best)) for pair in pairs]
+    found = [each for each in found if each[1]]
+    in_family = [
+        verdicts and last.pairs == all_seeds > 1 and (name, other) != primary for (name, _, other, _), last, _ in found
+    ]
+    corrected = iter(holm([last.p for (_, last, _), family in zip(found, in_family, strict=True) if family]))
+    lines = [["", "against", "last epoch", "best epoch", "pairs", "in words, last epoch"]]
+    for ((name, _, other, _), last, best), family in zip(found, in_family, strict=True):
+        words = f"{last.in_words(next(corrected))} of {sum(in_family)}" if family else ""
+        if last.pairs == 1:
+            words = "one seed"
+        elif (name, other) == primary:
+            words = f"the primary contrast: {last.in_words(last.p)}"
+        lines.append([name, other, str(last), str(best), str(last.pairs), words])
     return ["Paired differences:", markdown(lines)] if len(lines) > 1 else []
 
 

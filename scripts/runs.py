@@ -47,10 +47,12 @@ Measure = Callable[[Run, str], float]  # Run.last or Run.best
 
 
 class Difference(NamedTuple):
-    """Of pairs of runs of the same seed. The 95 % interval is of Student's t; None where there is one pair."""
+    """Of pairs of runs of the same seed. The 95 % interval and the two-sided p value are of Student's t; None where
+    there is one pair."""
 
     mean: float
     half_width: float | None
+    p: float | None
     pairs: int
 
     def __str__(self) -> str:
@@ -58,12 +60,19 @@ class Difference(NamedTuple):
             return f"{self.mean:+.2f} (one seed)"
         return f"{self.mean:+.2f} ({self.mean - self.half_width:+.2f} to {self.mean + self.half_width:+.2f})"
 
-    def in_words(self) -> str:
-        if self.half_width is None:
-            return "one seed"
-        if abs(self.mean) <= self.half_width:
-            return "not significant"
-        return "higher" if self.mean > 0 else "lower"
+    def in_words(self, p: float) -> str:
+        """At 5 %, by a p value that may be corrected."""
+        verdict = "not significant" if p > 0.05 else "higher" if self.mean > 0 else "lower"
+        return f"{verdict}, p {p:.3f}" if p >= 0.001 else f"{verdict}, p < 0.001"
+
+
+def holm(ps: list[float]) -> list[float]:
+    """p values, corrected for their number (Holm, Scandinavian Journal of Statistics, 1979): the smallest of n times n,
+    the next times n - 1, ..., and none below one that was smaller."""
+    corrected, largest = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = corrected[index] = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
+    return corrected
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -244,5 +253,7 @@ def difference(runs: list[Run], partners: list[Run], measure: Measure) -> Differ
         return None
     mean, pairs = statistics.mean(differences), len(differences)
     if pairs == 1:
-        return Difference(mean, None, 1)
-    return Difference(mean, student.ppf(0.975, pairs - 1) * statistics.stdev(differences) / pairs**0.5, pairs)
+        return Difference(mean, None, None, 1)
+    error = statistics.stdev(differences) / pairs**0.5
+    p = 2 * student.sf(abs(mean) / error, pairs - 1) if error else float(mean == 0)
+    return Difference(mean, student.ppf(0.975, pairs - 1) * error, float(p), pairs)

@@ -139,7 +139,7 @@ def test_a_broken_image_is_one_line_or_counted(flags, photographs_folder, tmp_pa
     train_imagenet.main([*arguments, "--resume", "--skip_corrupt"])  # as the message says
     summary = read_json(tmp_path / "run/summary.json")
     assert (summary["test_images"], summary["skipped"]) == (10, 1)
-    assert "1 images could not be read" in capsys.readouterr().out
+    assert "1 image could not be read" in capsys.readouterr().out
 
 
 def test_a_folder_without_an_image_that_can_be_read_is_one_line(flags, photographs_folder, tmp_path, capsys):

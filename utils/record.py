@@ -216,7 +216,8 @@ def epoch_row(
 
 
 def epoch_line(row: dict[str, float], epochs: int, evaluated_on: str) -> str:
-    skipped = f"  {row['skipped']} images could not be read" if row["skipped"] else ""
+    images = "image" if row["skipped"] == 1 else "images"
+    skipped = f"  {row['skipped']} {images} could not be read" if row["skipped"] else ""
     return (
         f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  dist_prob {row['dist_prob']:.4f}  "
         f"distorted {row['distorted']:.4f}  train {row['train_loss']:.4f} {row['train_top1']:.2f} %  "
