@@ -177,8 +177,9 @@ def disout_forward(layer: Disout, x: Tensor, next_weight: Tensor | None, groups:
     if not maps.movedim(1, -1).is_contiguous():
         maps = maps.contiguous()
 
-    # Not for torch.export: disout_cpu would fix the batch size to the example's.
-    use_cpu_form = disout_cpu and x.device.type == "cpu" and not layer.plain and not torch.compiler.is_exporting()
+    # torch.export may have a symbol for a size, which disout_cpu would fix to the example's; torch.compile has none.
+    exported = isinstance(maps.numel(), torch.SymInt)
+    use_cpu_form = disout_cpu and x.device.type == "cpu" and not layer.plain and not exported
     if use_cpu_form:
         blocks = cpu_blocks(layer, maps)
     else:
