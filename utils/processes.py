@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TypeVar
@@ -164,4 +165,7 @@ def share(tensors: Iterable[Tensor]) -> None:
 
 def leave() -> None:
     if dist.is_initialized():
+        # gloo's threads need the interpreter to let go of the last tensors, which whoever destroys the group, and waits
+        # for these threads, does not give them (seen with torch 2.11).
+        time.sleep(0.5)
         dist.destroy_process_group()
