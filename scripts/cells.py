@@ -63,6 +63,11 @@ def command_of(run: Run) -> str:
     return re.sub(r" --resume\b| --(seed|output|name) ('[^']*'|\S+)", "", str(run.config["command"]))
 
 
+def command_to_run(run: Run) -> str:
+    """Into results/: in results/published/ the run is complete."""
+    return str(run.config["command"]).replace("results/published", "results")
+
+
 def kind_of(run: Run) -> str:
     """cpu or cuda, where a run began, and its precision."""
     return ", ".join([str(run.config["device"]).split(":")[0], precision(run) or "float32"])

@@ -3,6 +3,7 @@ logs."""
 
 import csv
 import re
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import train
+import train_imagenet
 from disout import NO_READER_STRENGTH
 
 ROOT = Path(train.__file__).parent
@@ -35,6 +37,13 @@ def test_examples_run(example):
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_commands_have_flags_that_exist(command):
     train.parse_arguments(command[2:])
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`(python train\w*\.py[^`]*)`", GENERATED))))
+def test_commands_of_the_generated_page_start_a_run_in_results(command):
+    _, script, *flags = shlex.split(command)
+    args, *_ = {"train.py": train, "train_imagenet.py": train_imagenet}[script].parse_arguments(flags)
+    assert args.output.split("/")[0] == "results" and "published" not in args.output
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
