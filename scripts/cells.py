@@ -59,13 +59,8 @@ def minutes(runs: list[Run]) -> float:
 
 
 def command_of(run: Run) -> str:
-    """Without what is the run's own."""
+    """Without what is the run's own, so that it writes into results/: in results/published/ the run is complete."""
     return re.sub(r" --resume\b| --(seed|output|name) ('[^']*'|\S+)", "", str(run.config["command"]))
-
-
-def command_to_run(run: Run) -> str:
-    """Into results/: in results/published/ the run is complete."""
-    return str(run.config["command"]).replace("results/published", "results")
 
 
 def kind_of(run: Run) -> str:

@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from cells import CONDITIONS, anchor, command_to_run, conditions, markdown, paired_differences
+from cells import CONDITIONS, anchor, command_of, conditions, markdown, paired_differences
 from paper_tables import PAPER, paper_table, readme_table
 from runs import (
     ROOT,
@@ -179,7 +179,7 @@ def settings_table(groups: list[list[Run]], in_all: frozenset[str], has_script: 
     for group, apart in zip(groups, aparts, strict=True):
         figures = [spread(group, measure, "test_top1") for measure in (Run.best, Run.last)]
         cells = [label(group[0], in_all), *figures, ", ".join(text for text in apart if text not in in_every_row)]
-        lines.append([*cells, *conditions(group), f"`{command_to_run(group[0])}`"])
+        lines.append([*cells, *conditions(group), f"`{command_of(group[0])}`"])
     shared, columns = sorted(in_all - {precision(groups[0][0])}), list(zip(*lines, strict=True))
     shared += [f"off the recipe in {', '.join(in_every_row)}"] if in_every_row else []
     for column in columns[3:]:

@@ -74,6 +74,8 @@ def test_a_lines_command_is_that_of_its_first_run_without_what_is_its_own(publis
     command = "python train.py --amp --seed 1 --output 'results/my runs' --name none-s1 --method none --resume"
     publish("mine", "none", ROWS["none"] | {"command": command}, 1, (90, 91))
     assert "`python train.py --amp --method none`" in page()["Table 2, CIFAR-10 (ResNet-56)"]
+    publish("study", "none", ROWS["none"] | {"command": f"{command} --depth 20", "depth": 20}, 1, (90, 91))
+    assert "`python train.py --amp --method none --depth 20`" in page()["study"]
 
 
 def test_a_seed_that_was_run_twice_counts_once(publish, page):
